@@ -1,0 +1,221 @@
+"""StitchVM: value models for diffusion backbones, stitched from their own features and a reward model's tail.
+
+``from stitchvm import core`` and then ``core.stitch("sd3.5-medium", "clip-vit-l-14-336", images=...)``. Every public
+name is listed here and imported on first use, so that listing models never loads torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alignment import AlignResult, align
+    from .backbone import Backbone, NoisyLatent
+    from .conditions import Condition, concatenate
+    from .costs import CostMeter, count
+    from .datasets import Captioned, CaptionedDataset
+    from .discovery import PluginFailure
+    from .errors import (
+        ArtefactError,
+        ConfigError,
+        DataError,
+        NoiseLevelError,
+        NonFiniteError,
+        OutputError,
+        PluginConflictError,
+        PluginLoadError,
+        SliceError,
+        SpecVersionError,
+        StitchError,
+        UnknownNameError,
+        WeightsError,
+    )
+    from .estimators import Estimator, Prompted, Stitched, Tweedie, clean_reward
+    from .evaluation import evaluate
+    from .hookspecs import hookimpl
+    from .kernels import KERNELS, Ancestral, Kernel, Ode, Sde, Transition
+    from .loading import (
+        BackboneFamily,
+        RewardFamily,
+        build_geometry,
+        build_twin,
+        load_aligner,
+        load_backbone,
+        load_dataset_plugin,
+        load_reward,
+        name_of,
+        resolve_source,
+    )
+    from .particles import RESAMPLERS, Aligner, AlignProblem, Particles, Resampling, effective_sample_size
+    from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
+    from .records import SPEC_VERSION, AlignerRecord, BackboneRecord, DatasetRecord, Family, Hint, RewardRecord, Source
+    from .registries import Registry, pairs, registry
+    from .reward import Reward, RewardOutput, Tail
+    from .sampling import Denoiser, sample, seeded_noise
+    from .searching import SearchResult, search
+    from .slicing import LATENT, FeatureInfo, Head, Sliced, State
+    from .stitching import stitch
+    from .value import StitchedValue
+
+# No sub-module may bear the name of a public attribute: importing it would put the module in the attribute's place.
+_PUBLIC = {
+    "alignment": ("AlignResult", "align"),
+    "backbone": ("Backbone", "NoisyLatent"),
+    "conditions": ("Condition", "concatenate"),
+    "costs": ("CostMeter", "count"),
+    "datasets": ("Captioned", "CaptionedDataset"),
+    "discovery": ("PluginFailure",),
+    "errors": (
+        "ArtefactError",
+        "ConfigError",
+        "DataError",
+        "NoiseLevelError",
+        "NonFiniteError",
+        "OutputError",
+        "PluginConflictError",
+        "PluginLoadError",
+        "SliceError",
+        "SpecVersionError",
+        "StitchError",
+        "UnknownNameError",
+        "WeightsError",
+    ),
+    "estimators": ("Estimator", "Prompted", "Stitched", "Tweedie", "clean_reward"),
+    "evaluation": ("evaluate",),
+    "hookspecs": ("hookimpl",),
+    "kernels": ("KERNELS", "Ancestral", "Kernel", "Ode", "Sde", "Transition"),
+    "loading": (
+        "BackboneFamily",
+        "RewardFamily",
+        "build_geometry",
+        "build_twin",
+        "load_aligner",
+        "load_backbone",
+        "load_dataset_plugin",
+        "load_reward",
+        "name_of",
+        "resolve_source",
+    ),
+    "particles": ("RESAMPLERS", "AlignProblem", "Aligner", "Particles", "Resampling", "effective_sample_size"),
+    "paths": ("FlowPath", "Path", "Prediction", "PredictionKind", "VariancePreservingPath", "as_sigma", "spread"),
+    "records": (
+        "SPEC_VERSION",
+        "AlignerRecord",
+        "BackboneRecord",
+        "DatasetRecord",
+        "Family",
+        "Hint",
+        "RewardRecord",
+        "Source",
+    ),
+    "registries": ("Registry", "pairs", "registry"),
+    "reward": ("Reward", "RewardOutput", "Tail"),
+    "sampling": ("Denoiser", "sample", "seeded_noise"),
+    "searching": ("SearchResult", "search"),
+    "slicing": ("LATENT", "FeatureInfo", "Head", "Sliced", "State"),
+    "stitching": ("stitch",),
+    "value": ("StitchedValue",),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [
+    "KERNELS",
+    "LATENT",
+    "RESAMPLERS",
+    "SPEC_VERSION",
+    "AlignProblem",
+    "AlignResult",
+    "Aligner",
+    "AlignerRecord",
+    "Ancestral",
+    "ArtefactError",
+    "Backbone",
+    "BackboneFamily",
+    "BackboneRecord",
+    "Captioned",
+    "CaptionedDataset",
+    "Condition",
+    "ConfigError",
+    "CostMeter",
+    "DataError",
+    "DatasetRecord",
+    "Denoiser",
+    "Estimator",
+    "Family",
+    "FeatureInfo",
+    "FlowPath",
+    "Head",
+    "Hint",
+    "Kernel",
+    "NoiseLevelError",
+    "NoisyLatent",
+    "NonFiniteError",
+    "Ode",
+    "OutputError",
+    "Particles",
+    "Path",
+    "PluginConflictError",
+    "PluginFailure",
+    "PluginLoadError",
+    "Prediction",
+    "PredictionKind",
+    "Prompted",
+    "Registry",
+    "Resampling",
+    "Reward",
+    "RewardFamily",
+    "RewardOutput",
+    "RewardRecord",
+    "Sde",
+    "SearchResult",
+    "SliceError",
+    "Sliced",
+    "Source",
+    "SpecVersionError",
+    "State",
+    "StitchError",
+    "Stitched",
+    "StitchedValue",
+    "Tail",
+    "Transition",
+    "Tweedie",
+    "UnknownNameError",
+    "VariancePreservingPath",
+    "WeightsError",
+    "align",
+    "as_sigma",
+    "build_geometry",
+    "build_twin",
+    "clean_reward",
+    "concatenate",
+    "count",
+    "effective_sample_size",
+    "evaluate",
+    "hookimpl",
+    "load_aligner",
+    "load_backbone",
+    "load_dataset_plugin",
+    "load_reward",
+    "name_of",
+    "pairs",
+    "registry",
+    "resolve_source",
+    "sample",
+    "search",
+    "seeded_noise",
+    "spread",
+    "stitch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

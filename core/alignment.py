@@ -1,0 +1,238 @@
+"""Steering a backbone's samples: any method, any value estimator, many prompts, one call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .alignment_result import AlignResult, PartStore
+from .backbone import Backbone
+from .conditions import Condition
+from .costs import CostMeter
+from .errors import ConfigError
+from .estimators import Estimator, Prompted, Stitched, Tweedie, clean_reward
+from .loading import load_aligner, load_backbone, load_reward, name_of
+from .particles import Aligner, AlignProblem, initial_noise, step_generators
+from .provenance import model_identity
+from .reward import Reward
+from .sampling import Denoiser
+from .structuring import plain, structure
+from .value import StitchedValue
+
+Value = StitchedValue | Estimator | str | Path | None
+
+
+def align(
+    method: str | Aligner,
+    backbone: str | Backbone,
+    value: Value,
+    prompts: Sequence[str],
+    *,
+    particles: int | None = None,
+    proposals: int = 1,
+    seed: int = 0,
+    steps: int = 28,
+    guidance_scale: float = 3.0,
+    resolution: int | None = None,
+    reward: str | Reward | None = None,
+    batch: int = 64,
+    out: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> AlignResult:
+    """Sample ``prompts`` with a method that seeks a high reward.
+
+    ``method``: a registered name (``sample``, ``best-of-n``, ``fk-steering``) with its own ``settings`` as further
+    keywords, or a ready object. ``value``: what steers it, a stitched value model (or the folder of one),
+    ``"tweedie"``, any estimator, or None for a method that needs none. ``reward``: what picks each prompt's best
+    particle, the value's own by default. ``particles`` a prompt (default: the method's), ``proposals`` a particle
+    where the method draws them. ``batch`` bounds the samples of one network pass and changes nothing else.
+    ``resolution`` in pixels, the backbone's own by default.
+
+    Particle ``n`` of a prompt starts from the same noise under every method with the same ``seed``, so gains can be
+    paired. With ``out`` every finished prompt is kept there, a rerun with the same settings continues, and the result
+    is saved at the end.
+
+    Raises ``UnknownNameError``, :class:`ConfigError` for a setting that is unknown or out of range or that differs
+    from those of the run to continue, ``OutputError`` when ``out`` cannot be written, ``NonFiniteError`` when sampling
+    diverges.
+    """
+    network = load_backbone(backbone)
+    estimator, judge = _resolve_value(value, reward, network)
+    aligner = _resolve_method(method, proposals, settings)
+    job = _Job(
+        name=method if isinstance(method, str) else type(method).__name__, method=aligner, backbone=network,
+        estimator=estimator, reward=judge, prompts=_checked_prompts(prompts),
+        particles=aligner.default_particles if particles is None else particles, seed=seed, steps=steps,
+        guidance_scale=guidance_scale, resolution=resolution or network.native_resolution, batch=batch,
+    )  # fmt: skip
+    result = job.run(PartStore.open(out, job.settings()), progress)
+    if out is not None:
+        result.save(out)
+    return result
+
+
+_AT_LEAST_ONE = attrs.validators.ge(1)
+
+
+def _divisible(job: _Job, attribute: attrs.Attribute[int], resolution: int) -> None:
+    factor = job.backbone.latent_factor
+    if resolution < factor or resolution % factor:
+        raise ConfigError(f"resolution is {resolution} pixels; {name_of(job.backbone)} needs a multiple of {factor}.")
+
+
+def _named_faults(job_class: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
+    """Turn the plain ValueErrors of attrs' own validators into :class:`ConfigError`."""
+    return [field.evolve(validator=_as_config_error(field.validator)) if field.validator else field for field in fields]
+
+
+def _as_config_error(check: Callable[..., None]) -> Callable[..., None]:
+    def checked(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        try:
+            check(instance, attribute, value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error.args[0])) from error
+
+    return checked
+
+
+@attrs.frozen(eq=False, kw_only=True, field_transformer=_named_faults)
+class _Job:
+    """One call of :func:`align`, checked."""
+
+    name: str
+    method: Aligner
+    backbone: Backbone
+    estimator: Estimator | None
+    reward: Reward
+    prompts: tuple[str, ...]
+    particles: int = attrs.field(validator=_AT_LEAST_ONE)
+    seed: int = attrs.field(validator=attrs.validators.ge(0))
+    steps: int = attrs.field(validator=_AT_LEAST_ONE)
+    guidance_scale: float = attrs.field(validator=attrs.validators.ge(0))
+    resolution: int = attrs.field(validator=_divisible)
+    batch: int = attrs.field(validator=_AT_LEAST_ONE)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the result, JSON-able: what a run to be continued must share."""
+        digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()[:16]
+        return {
+            "method": self.name, "method_settings": plain(self.method), "backbone": model_identity(self.backbone),
+            "estimator": _identity(self.estimator), "reward": model_identity(self.reward), "particles": self.particles,
+            "seed": self.seed, "steps": self.steps, "guidance_scale": float(self.guidance_scale),
+            "resolution": self.resolution, "prompts": digest,
+        }  # fmt: skip
+
+    def run(self, store: PartStore, progress: bool) -> AlignResult:
+        """Every prompt that ``store`` does not hold yet, as many at a time as ``batch`` has room for."""
+        missing = [number for number in range(len(self.prompts)) if number not in store]
+        together = max(1, self.batch // self.particles)
+        null = self.backbone.null_condition()
+        bar = tqdm(
+            total=len(self.prompts), initial=len(self.prompts) - len(missing), desc=self.name, disable=not progress,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", mininterval=0.5,
+        )  # fmt: skip
+        with bar:
+            for start in range(0, len(missing), together):
+                numbers = missing[start : start + together]
+                with CostMeter() as cost:
+                    particles = self.method.run(self._problem(numbers, null, bar.update))
+                store.add(numbers, particles, cost)
+        return store.result(self.prompts)
+
+    def _problem(self, numbers: list[int], null: Condition, advance: Callable[[float], object]) -> AlignProblem:
+        device, prompts = self.backbone.device, [self.prompts[number] for number in numbers]
+        side = self.resolution // self.backbone.latent_factor
+        shape = (self.backbone.latent_channels, side, side)
+        condition = self.backbone.encode_prompts(prompts).to(device)
+        denoiser = Denoiser(self.backbone, condition, null.to(device), self.guidance_scale)
+        context = Prompted(denoiser, reward_condition(self.reward, prompts).to(device))
+
+        def judge(latents: Tensor, context: Prompted) -> tuple[Tensor, Tensor]:
+            return clean_reward(latents, context, self.reward)
+
+        return AlignProblem(
+            context, initial_noise(self.seed, numbers, self.particles, shape).to(device),
+            self.backbone.sigmas(self.steps, (side, side)).to(device), self.estimator, judge,
+            step_generators(self.seed, numbers), self.batch, lambda share: advance(share * len(numbers)),
+        )  # fmt: skip
+
+
+def reward_condition(reward: Reward, prompts: Sequence[str]) -> Condition:
+    """What ``reward`` compares the samples of ``prompts`` with; nothing where it scores images alone.
+
+    Raises :class:`ConfigError` for a reward that compares with reference images, which prompts do not come with.
+    """
+    if reward.condition_kind == "images":
+        raise ConfigError(f"{name_of(reward)} compares with reference images, but there are only prompts to steer by.")
+    return reward.condition(list(prompts) if reward.condition_kind == "prompts" else None)
+
+
+def _checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"prompts must be a list of strings, got {prompts!r}.")
+    if not prompts:
+        raise ConfigError("prompts is empty; give at least one.")
+    return tuple(prompts)
+
+
+def _resolve_method(method: str | Aligner, proposals: int, settings: dict[str, Any]) -> Aligner:
+    if not isinstance(method, str):
+        if settings or proposals != 1:
+            surplus = ", ".join(settings) or "proposals"
+            raise ConfigError(f"{type(method).__name__} is configured already; leave out {surplus}.")
+        return method
+    kind = load_aligner(method)
+    if proposals != 1 or any(field.name == "proposals" for field in attrs.fields(kind)):
+        settings = {"proposals": proposals, **settings}
+    aligner: Aligner = structure(kind, settings, f"settings of {method}")
+    return aligner
+
+
+def _resolve_value(value: Value, reward: str | Reward | None, backbone: Backbone) -> tuple[Estimator | None, Reward]:
+    """The estimator, and the clean reward: the value's own unless given."""
+    given = None if reward is None else load_reward(reward, device=backbone.device)
+    if isinstance(value, (str, Path)) and value != "tweedie":
+        value = StitchedValue.from_pretrained(value, backbone=backbone, device=backbone.device)
+    estimator: Any = Stitched(value) if isinstance(value, StitchedValue) else value
+    own = _own_reward(estimator)
+    if given is None and own is None:
+        raise ConfigError("no reward to choose the best sample by; pass reward=, a name from 'stitchvm list'.")
+    if given is not None and own is not None and name_of(given) != name_of(own):
+        raise ConfigError(
+            f"the value estimates {name_of(own)} but reward is {name_of(given)}; steering needs one and the same. "
+            "Score the result's images with the other one afterwards."
+        )
+    final = given if given is not None else own
+    assert final is not None
+    return (Tweedie(final) if estimator == "tweedie" else estimator), final
+
+
+def _own_reward(estimator: Any) -> Reward | None:
+    if isinstance(estimator, Tweedie):
+        return estimator.reward
+    if not isinstance(estimator, Stitched):
+        return None
+    if len(estimator.value.names) > 1:
+        names = ", ".join(estimator.value.names)
+        raise ConfigError(f"this value model sums several rewards ({names}); align steers by one of its own.")
+    return estimator.value.reward()
+
+
+def _identity(estimator: Estimator | None) -> Any:
+    """JSON-able; two stitched values of the same name differ when their weights do."""
+    if not isinstance(estimator, Stitched):
+        return None if estimator is None else type(estimator).__name__
+    digest = hashlib.sha256()
+    for tensor in estimator.value.branches.state_dict().values():
+        digest.update(tensor.flatten()[:64].cpu().float().numpy().tobytes())
+    cuts = attrs.asdict(estimator.value.interface())
+    return {"name": "Stitched", "rewards": list(estimator.value.names), **cuts, "weights": digest.hexdigest()[:16]}
+
+

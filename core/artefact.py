@@ -1,0 +1,179 @@
+"""A value model on disk: ``config.json`` (what was cut where), ``model.safetensors`` (layer, tail, null prompt),
+``README.md``.
+
+The backbone is not saved. Loading reads only the head's blocks from the backbone's own files, or borrows them from a
+backbone
+already in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import torch
+
+from .backbone import Backbone
+from .conditions import Condition
+from .errors import ArtefactError
+from .files import make_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from .layer import StitchingLayer
+from .loading import load_backbone, load_reward, name_of
+from .provenance import model_identity, versions
+from .reward import Reward, Tail
+from .slicing import Head
+
+if TYPE_CHECKING:
+    from .value import StitchedValue
+
+Value = TypeVar("Value", bound="StitchedValue")
+
+FORMAT = 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+@attrs.frozen
+class Provenance:
+    """What made a value model, kept in its config: ``recipe`` and ``search`` settings, ``metrics``, ``cost``; all
+    JSON-able."""
+
+    recipe: dict[str, Any] = attrs.field(factory=dict)
+    search: dict[str, Any] = attrs.field(factory=dict)
+    metrics: dict[str, Any] = attrs.field(factory=dict)
+    cost: dict[str, Any] = attrs.field(factory=dict)
+    seed: int = 0
+
+
+def fingerprint(head: Head) -> str:
+    """Identifies a head's weights, whatever their precision: the first entries of every tensor, rounded to bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(head.part.net.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:64].cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def config_of(value: StitchedValue) -> dict[str, Any]:
+    """The artefact's ``config.json``."""
+    backbone = value.head.part
+    assert isinstance(backbone, Backbone)
+    rewards = []
+    for name, branch, weight in zip(value.names, value.branches, value.weights, strict=True):
+        assert isinstance(branch.layer, StitchingLayer) and isinstance(branch.tail, Tail)
+        rewards.append({
+            "name": name, "identity": model_identity(branch.tail.part), "j": branch.tail.j, "weight": weight,
+            "positions": branch.tail.positions, "channels": branch.layer.linear.in_channels,
+            "width": branch.layer.linear.out_channels,
+        })  # fmt: skip
+    return {
+        "library": "stitchvm", "format": FORMAT, "backbone": model_identity(backbone),
+        "latent_channels": backbone.latent_channels, "fingerprint": fingerprint(value.head), "i": value.head.cut,
+        "stitches": rewards, "versions": versions(), **attrs.asdict(value.provenance),
+    }  # fmt: skip
+
+
+def save(value: StitchedValue, folder: str | Path) -> None:
+    """Write the artefact; the config comes last, so that a folder with a config is a whole one.
+
+    Raises ``OutputError`` when the folder cannot be written.
+    """
+    folder = make_folder(folder)
+    tensors = {f"branches.{name}": tensor for name, tensor in value.branches.state_dict().items()}
+    tensors |= {f"null.{name}": tensor for name, tensor in value.null.tensors.items()}
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    config = config_of(value)
+    write_text(folder / CARD, model_card(config))
+    write_json(folder / CONFIG, config)
+
+
+def load(
+    cls: type[Value],
+    folder: Path,
+    *,
+    backbone: str | Backbone | None = None,
+    allow_other_backbone: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Value:
+    """Read an artefact; ``backbone`` (an object or a name) replaces the recorded one.
+
+    Raises ``ArtefactError`` for a missing, truncated or foreign artefact, or when the backbone's head is not the one
+    it was stitched to: then
+    ``allow_other_backbone`` accepts any with the same number of latent channels.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("library") != "stitchvm" or config.get("format") != FORMAT:
+        raise ArtefactError(
+            f"{str(folder)!r} is not a value model this version can read "
+            f"(library {config.get('library')!r}, format {config.get('format')!r}, expected 'stitchvm', {FORMAT})."
+        )
+    tensors = read_tensors(folder / WEIGHTS)
+    network = load_backbone(backbone or config["backbone"]["name"], cut=config["i"], device=device, dtype=dtype)
+    head = Head(network, config["i"])
+    _check_head(head, network, config, folder, allow_other_backbone)
+    rewards = {entry["name"]: load_reward(entry["name"], device=device) for entry in config["stitches"]}
+    # cloned off the file's mapping: sums over unaligned memory can differ in the last bit
+    null = Condition({n.removeprefix("null."): t.clone() for n, t in tensors.items() if n.startswith("null.")})
+    value = cls(
+        head, {entry["name"]: _branch(rewards[entry["name"]], entry) for entry in config["stitches"]}, null,
+        [entry["weight"] for entry in config["stitches"]], rewards,
+        Provenance(**{field.name: config[field.name] for field in attrs.fields(Provenance)}),
+    )  # fmt: skip
+    own = {n.removeprefix("branches."): t for n, t in tensors.items() if n.startswith("branches.")}
+    try:
+        value.branches.load_state_dict(own)
+    except RuntimeError as error:
+        raise ArtefactError(f"{str(folder)!r}: the weights do not fit the recorded rewards ({error}).") from error
+    return value.to(device).eval().requires_grad_(False)
+
+
+def _branch(reward: Reward, entry: dict[str, Any]) -> Any:
+    from .value import Branch
+
+    prefix = torch.zeros(reward.prefix_count, entry["width"], device=reward.device)
+    layer = StitchingLayer(entry["channels"], entry["width"], reward.grid_size).to(reward.device)
+    return Branch(layer, Tail(reward, entry["j"], prefix, positions=entry["positions"]))
+
+
+def _check_head(head: Head, backbone: Backbone, config: dict[str, Any], folder: Path, allow_other: bool) -> None:
+    if fingerprint(head) == config["fingerprint"]:
+        return
+    asked, wanted = name_of(backbone), config["backbone"]["name"]
+    if backbone.latent_channels != config["latent_channels"]:
+        raise ArtefactError(
+            f"{str(folder)!r} was stitched to {wanted!r}, whose latents have {config['latent_channels']} channels; "
+            f"{asked!r} has {backbone.latent_channels}. Use {wanted!r}."
+        )
+    if not allow_other:
+        raise ArtefactError(
+            f"{str(folder)!r} was stitched to {wanted!r}, and the weights of {asked!r} are not those. "
+            "Use that backbone, or pass allow_other_backbone=True if you know that its features agree."
+        )
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """The artefact's README with the metadata the hub reads."""
+    backbone, rewards = config["backbone"], config["stitches"]
+    base = [m.get("repo") for m in (backbone, *(r["identity"] for r in rewards)) if m.get("repo")]
+    names = ", ".join(r["name"] for r in rewards)
+    cuts = "; ".join(
+        f"after block {config['i']} of {backbone['name']}, before block {r['j']} of {r['name']}" for r in rewards
+    )
+    licences = ", ".join(
+        f"{m['name']}: {m.get('licence') or 'unknown'}" for m in (backbone, *(r["identity"] for r in rewards))
+    )
+    lines = ["---", "library_name: stitchvm", "tags: [stitchvm, value-model]"]
+    lines += ["base_model:", *(f"- {repo}" for repo in base)] if base else []
+    lines += [
+        "---", "", f"# {names} stitched to {backbone['name']}", "",
+        f"A value model for noisy latents, cut {cuts}. Loads with", "",
+        "```python", "from stitchvm import core",
+        'value = core.StitchedValue.from_pretrained("this/folder")', "```", "",
+        f"The backbone is not included. Licences of the parts carry over: {licences}.", "",
+    ]  # fmt: skip
+    for title in ("recipe", "metrics"):
+        if config[title]:
+            lines += [f"## {title.capitalize()}", "", *(f"- {k}: {v}" for k, v in config[title].items()), ""]
+    return "\n".join(lines)

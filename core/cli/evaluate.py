@@ -1,0 +1,161 @@
+"""``stitchvm evaluate``: how good a value model is, or what steering gained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import attrs
+import typer
+
+from ..errors import ConfigError
+from .options import levels
+from .output import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+    from ..datasets import CaptionedDataset
+    from ..value import StitchedValue
+
+
+def command(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="A value model, or runs of 'stitchvm align', the base first.")
+    ],
+    data: Annotated[str | None, typer.Option(metavar="DATASET", help="A dataset of 'stitchvm list'.")] = None,
+    count: Annotated[int, typer.Option(help="Held-out images to retrieve among.")] = 1000,
+    sigmas: Annotated[str, typer.Option(metavar="LIST", help="Noise levels.")] = "0.1,0.25,0.5,0.75,0.9",
+    vae: Annotated[Path | None, typer.Option(metavar="DIR", help="Another value model to show beside it.")] = None,
+    ranking: Annotated[bool, typer.Option("--ranking", help="Also rank seeds of one prompt, beside Tweedie.")] = False,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to rank on.")] = 40,
+    seeds: Annotated[int, typer.Option(help="Seeds a prompt to rank.")] = 12,
+    steps: Annotated[int, typer.Option(help="Sampling steps of the ranked seeds.")] = 28,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the ranked seeds.")] = 3.0,
+    backbone: Annotated[str | None, typer.Option(help="Instead of the value model's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of data and noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write evaluation.json and plots here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a value model by retrieval on noisy latents, or compare runs of 'stitchvm align' with the first of them.
+
+    A run is compared by its reward and, with --data, by the share of captions its pictures fulfil.
+    """
+    from ..comparison import ALIGN_REPORT
+    from ..files import make_folder, write_json
+
+    target = None if out is None else make_folder(out)
+    if all((folder / ALIGN_REPORT).is_file() for folder in folders):
+        report, show = _compare(folders, data), _print_runs
+    else:
+        if len(folders) > 1:
+            raise ConfigError("give one value model, or only folders that 'stitchvm align' wrote (they hold align.json).")
+        if data is None:
+            raise ConfigError("a value model is measured on captioned images; name a dataset of 'stitchvm list' with --data.")
+        job = _Job.load(folders[0], data, vae, backbone, levels(sigmas, "--sigmas"), seed)
+        report, show = {"retrieval": job.retrieval(count)}, _print_value
+        if ranking:
+            report["ranking"] = job.ranking(prompts, seeds, steps, guidance_scale)
+        _draw(report, target)
+    if target is not None:
+        write_json(target / "evaluation.json", report)
+    if as_json:
+        print_json(report)
+    else:
+        show(report)
+
+
+def _compare(folders: Sequence[Path], data: str | None) -> dict[str, Any]:
+    from ..comparison import compare_runs
+    from ..loading import load_dataset_plugin
+
+    return compare_runs(folders, None if data is None else load_dataset_plugin(data)().fulfilled)
+
+
+@attrs.frozen(eq=False)
+class _Job:
+    """A value model with what it is measured on."""
+
+    backbone: Backbone
+    models: dict[str, StitchedValue]
+    dataset: CaptionedDataset
+    sigmas: tuple[float, ...]
+    seed: int
+
+    @classmethod
+    def load(
+        cls, folder: Path, data: str, vae: Path | None, backbone: str | None, sigmas: tuple[float, ...], seed: int
+    ) -> _Job:
+        from ..artefact import CONFIG
+        from ..errors import ArtefactError
+        from ..files import read_json
+        from ..loading import load_backbone, load_dataset_plugin
+        from ..value import StitchedValue
+
+        if not (folder / CONFIG).is_file():
+            raise ArtefactError(f"{str(folder)!r} is neither a value model ({CONFIG}) nor a run of align (align.json).")
+        dataset = load_dataset_plugin(data)()
+        network = load_backbone(backbone or read_json(folder / CONFIG)["backbone"]["name"])
+        places = {"stitched": folder, **({} if vae is None else {"vae": vae})}
+        models = {name: StitchedValue.from_pretrained(place, backbone=network) for name, place in places.items()}
+        return cls(network, models, dataset, sigmas, seed)
+
+    def retrieval(self, count: int) -> dict[str, Any]:
+        from ..evaluation import retrieval
+
+        held = self.dataset.captioned("test", count, self.seed)
+        found = retrieval(
+            self.backbone, self.models["stitched"].reward(), self.models, held.images.float() / 255, held.captions,
+            sigmas=self.sigmas, seed=self.seed,
+        )  # fmt: skip
+        return {**found.report(), "retention": found.retention("stitched")}
+
+    def ranking(self, prompts: int, seeds: int, steps: int, guidance_scale: float) -> dict[str, Any]:
+        from ..estimators import Stitched, Tweedie
+        from ..ranking import rank_seeds
+
+        value = self.models["stitched"]
+        return rank_seeds(
+            self.backbone, {"stitched": Stitched(value), "tweedie": Tweedie(value.reward())}, value.reward(),
+            self.dataset.prompts("test", prompts, self.seed), seeds=seeds, steps=steps, guidance_scale=guidance_scale,
+            sigmas=self.sigmas, seed=self.seed,
+        ).report()  # fmt: skip
+
+
+def _draw(report: Mapping[str, Any], target: Path | None) -> None:
+    from .. import plots
+
+    if target is not None:
+        plots.recall_curve(report["retrieval"], target / "recall.png")
+        if "ranking" in report:
+            plots.ranking_curve(report["ranking"], target / "ranking.png")
+
+
+def _print_value(report: dict[str, Any]) -> None:
+    found = report["retrieval"]
+    rows = [("clean reward", *(f"{found['clean']:.1%}" for _ in found["sigma"]))]
+    rows += [(name, *(f"{recall:.1%}" for recall in found[name])) for name in ("stitched", "vae") if name in found]
+    rows.append(("retention", *(f"{share:.1%}" for share in found["retention"])))
+    print_table((f"recall@1 of {found['count']}", *(f"sigma {sigma:g}" for sigma in found["sigma"])), rows)
+    if "ranking" not in report:
+        return
+    typer.echo()
+    ranks = report["ranking"]
+    names = [name for name in ("stitched", "tweedie") if name in ranks]
+    rows = [(name, *(f"{mean:.3f}" for mean in ranks[name]), f"{ranks['cost'][name]['seconds']:.1f}") for name in names]
+    print_table(("within-prompt rank", *(f"sigma {sigma:.2f}" for sigma in ranks["sigma"]), "seconds"), rows)
+
+
+def _print_runs(report: dict[str, Any]) -> None:
+    from ..comparison import MeanStderr
+
+    def shown(entry: Mapping[str, Any] | None) -> str:
+        return "" if entry is None else str(MeanStderr(**entry))
+
+    keys = ("reward", "gain", "detector", "detector_gain")
+    rows = [
+        (run["folder"], run["method"], *(shown(run.get(key)) for key in keys), f"{run['cost']['seconds']:.0f}")
+        for run in report["runs"]
+    ]
+    print_table(("run", "method", "reward", "gain", "fulfilled", "gain in it", "seconds"), rows)
+    typer.echo(f"{report['prompts']} prompts, seed {report['seed']}; gains are paired with the first run.")

@@ -1,0 +1,44 @@
+"""Arguments and options that several sub-commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+
+BackboneName = Annotated[str, typer.Argument(metavar="BACKBONE", help="A backbone of 'stitchvm list'.")]
+RewardName = Annotated[str, typer.Argument(metavar="REWARD", help="A reward of 'stitchvm list'.")]
+Images = Annotated[
+    str, typer.Option(metavar="SRC", help="A dataset of 'stitchvm list', an image folder, or a Hugging Face dataset.")
+]
+Cuts = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Backbone cuts to try, such as 2,4-8 (default: after every block).")
+]
+Blocks = Annotated[str, typer.Option(metavar="LIST", help="Reward blocks to try entering before, such as 1-4.")]
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """``"2,4-6"`` as ``(2, 4, 5, 6)``; :class:`ConfigError` names the option."""
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found.extend(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        raise ConfigError(f"{option} is {text!r}; write whole numbers, such as 2,4-8.") from error
+    if not found:
+        raise ConfigError(f"{option} is {text!r}, which holds no number; write for example 2,4-8.")
+    return tuple(dict.fromkeys(found))
+
+
+def levels(text: str, option: str) -> tuple[float, ...]:
+    """``"0.1,0.5"`` as noise levels in [0, 1]; :class:`ConfigError` names the option."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} is {text!r}; write numbers from 0 to 1, such as 0.1,0.5.") from error
+    if not all(0 <= level <= 1 for level in found):
+        raise ConfigError(f"{option} is {text!r}; noise levels lie from 0 (clean) to 1.")
+    return found

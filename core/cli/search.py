@@ -1,0 +1,62 @@
+"""``stitchvm search``: where to cut a pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import BackboneName, Blocks, Cuts, Images, RewardName, numbers
+from .output import Json, print_json, print_table
+
+_SHOWN = 10
+
+
+def command(
+    backbone: BackboneName,
+    reward: RewardName,
+    images: Images,
+    probes: Annotated[int, typer.Option(help="Images to judge every pair of cuts on.")] = 200,
+    criterion: Annotated[str, typer.Option(help="functional, unexplained or mse.")] = "functional",
+    cuts: Cuts = None,
+    blocks: Blocks = "1-4",
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write search.json and interface.png here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge every place to cut a backbone and a reward, without training."""
+    from .. import plots
+    from ..files import make_folder
+    from ..images import open_images
+    from ..searching import search
+
+    folder = None if out is None else make_folder(out)
+    result = search(
+        backbone, reward, images=open_images(images, probes), probes=probes, criterion=criterion,  # type: ignore[arg-type]
+        cuts=None if cuts is None else numbers(cuts, "--cuts"), blocks=numbers(blocks, "--blocks"), seed=seed,
+    )  # fmt: skip
+    report = result.report()
+    if folder is not None:
+        result.save(folder / "search.json")
+        plots.interface_heatmap(report, folder / "interface.png")
+    if as_json:
+        print_json(report)
+    else:
+        _print(report, folder)
+
+
+def _print(report: dict[str, Any], folder: Path | None) -> None:
+    from ..criteria import CRITERIA
+    from ..plots import place
+
+    chosen = report["criterion"]
+    ranked = sorted(report["grid"], key=lambda cell: cell[chosen])[:_SHOWN]
+    columns = (chosen, *(name for name in CRITERIA if name != chosen))
+    rows = [(str(cell["i"]), str(cell["j"]), *(f"{cell[name]:.4g}" for name in columns)) for cell in ranked]
+    print_table(("cut i", "block j", *columns), rows)
+    best = report["best"]
+    left = f" ({len(report['grid'])} pairs, the best {len(rows)} shown)" if len(report["grid"]) > len(rows) else ""
+    typer.echo(f"Best on {report['probes']} images: {place(best['i'])}, before reward block {best['j']}{left}.")
+    if folder is not None:
+        typer.echo(f"Written to {folder}.")

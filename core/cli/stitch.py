@@ -1,0 +1,119 @@
+"""``stitchvm stitch``: search, join and finetune a pair."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .options import BackboneName, Blocks, Cuts, Images, RewardName, numbers
+from .output import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..finetune import FinetuneSettings
+    from ..value import StitchedValue
+
+_SAME = "(default: the recipe's)"
+
+
+def command(
+    backbone: BackboneName,
+    reward: RewardName,
+    images: Images,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the value model goes; a rerun continues there.")],
+    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="paper, full, quick, or a TOML file.")] = "paper",
+    steps: Annotated[int | None, typer.Option(help=f"Finetune steps {_SAME}.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=f"Latents a step {_SAME}.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help=f"Of the tail {_SAME}.")] = None,
+    generated: Annotated[
+        float | None, typer.Option(help=f"Share of each batch from the backbone's own samples, 0 to 1 {_SAME}.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Of all randomness {_SAME}.")] = None,
+    count: Annotated[int | None, typer.Option(help="Real images to train on (default: all).")] = None,
+    samples: Annotated[int, typer.Option(help="Samples of the backbone's own, where the recipe takes some.")] = 4096,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="What they are drawn for: a dataset or a text file (default: no prompt)."),
+    ] = None,
+    interface: Annotated[str | None, typer.Option(metavar="I,J", help="Cut here, without a search.")] = None,
+    vae: Annotated[bool, typer.Option("--vae", help="VAE stitching, the baseline: cut at the latent itself.")] = False,
+    cuts: Cuts = None,
+    blocks: Blocks = "1-4",
+    probes: Annotated[int, typer.Option(help="Images to judge every pair of cuts on.")] = 200,
+    criterion: Annotated[str, typer.Option(help="functional, unexplained or mse.")] = "functional",
+    as_json: Json = False,
+) -> None:
+    """Make a value model: search the best cuts, join the halves, finetune, save."""
+    from ..images import open_images
+    from ..prompts import open_prompts
+    from ..stitching import stitch
+
+    given = {
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "generated": generated, "seed": seed
+    }  # fmt: skip
+    settings = read_recipe(recipe, {key: value for key, value in given.items() if value is not None})
+    asked = None if prompts is None else open_prompts(prompts, samples)
+    value = stitch(
+        backbone, reward, images=open_images(images, count), out=out, prompts=asked, recipe=settings, count=count,
+        samples=samples, probes=probes, criterion=criterion, seed=settings.seed, **_where(interface, vae, cuts, blocks),
+    )  # fmt: skip
+    report = _report(value, out)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def read_recipe(source: str, changes: dict[str, Any]) -> FinetuneSettings:
+    """A recipe by name or from a TOML file, with ``changes``; :class:`ConfigError` names what is wrong in it."""
+    from ..finetune import FinetuneSettings
+    from ..recipes import recipe
+    from ..structuring import plain, structure
+
+    path = Path(source).expanduser()
+    if path.suffix != ".toml":
+        return structure(FinetuneSettings, {**plain(recipe(source)), **changes}, "recipe")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {source!r} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"recipe {source!r} is not valid TOML: {error}.") from error
+    return structure(FinetuneSettings, {**table, **changes}, source)
+
+
+def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str) -> dict[str, Any]:
+    """The settings that say where to cut."""
+    from ..slicing import LATENT
+
+    if sum((interface is not None, vae, cuts is not None)) > 1:
+        raise ConfigError("--interface, --vae and --cuts each say where to cut; give one of them.")
+    if interface is not None:
+        pair = numbers(interface, "--interface")
+        if interface.count(",") != 1 or "-" in interface:
+            raise ConfigError(f"--interface is {interface!r}; write backbone cut and reward block, such as 4,1.")
+        return {"interface": (pair[0], pair[-1])}
+    entered = {"blocks": numbers(blocks, "--blocks")}
+    if vae:
+        return {"cuts": (LATENT,), **entered}
+    return {"cuts": None if cuts is None else numbers(cuts, "--cuts"), **entered}
+
+
+def _report(value: StitchedValue, out: Path) -> dict[str, Any]:
+    interface, made = value.interface(), value.provenance
+    return {
+        "out": str(out), "interface": {"i": interface.i, "j": interface.j}, "recipe": made.recipe,
+        "metrics": made.metrics, "cost": made.cost, "seed": made.seed,
+    }  # fmt: skip
+
+
+def _print(report: dict[str, Any]) -> None:
+    from ..plots import place
+
+    i, j = report["interface"]["i"], report["interface"]["j"]
+    facts = {"cut": f"{place(i)}, before reward block {j}", **report["metrics"], **report["cost"]}
+    rows = [(str(key).replace("_", " "), str(fact)) for key, fact in facts.items()]
+    print_table(("value model", report["out"]), rows)

@@ -1,0 +1,64 @@
+"""What a run cost: forward passes by kind, wall time and peak memory.
+
+A network counts itself (``count("denoiser", batch)``) and every open :class:`CostMeter` of the thread sees it, so no
+code between the two has to pass a counter along.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from contextvars import ContextVar
+from typing import Self
+
+import attrs
+
+KINDS = ("denoiser", "decoder", "encoder", "reward", "head", "tail")
+"""The kinds of forward pass; one unit is one sample through one network (CFG is two denoiser passes a sample)."""
+
+_open_meters: ContextVar[tuple[CostMeter, ...]] = ContextVar("open_meters", default=())
+
+
+def count(kind: str, samples: int) -> None:
+    """Add ``samples`` forward passes of ``kind`` to every open meter."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of forward pass {kind!r}; choose one of {', '.join(KINDS)}.")
+    for meter in _open_meters.get():
+        meter.passes[kind] += samples
+
+
+def peak_memory() -> int:
+    """Peak memory in bytes: of the device where CUDA runs, else of the process since it started."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@attrs.define(eq=False)
+class CostMeter:
+    """``with CostMeter() as cost: ...`` counts what happens inside; meters nest."""
+
+    passes: Counter[str] = attrs.field(factory=Counter)
+    seconds: float = 0.0
+    _started: float = attrs.field(default=0.0, init=False)
+    _token: object = attrs.field(default=None, init=False)
+
+    def __enter__(self) -> Self:
+        self._token = _open_meters.set((*_open_meters.get(), self))
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+        _open_meters.reset(self._token)  # type: ignore[arg-type]
+
+    def report(self) -> dict[str, float]:
+        """JSON-able: passes by kind (only kinds that ran), ``seconds``, ``peak_memory`` in bytes."""
+        return {
+            **{k: self.passes[k] for k in KINDS if self.passes[k]},
+            "seconds": round(self.seconds, 3),
+            "peak_memory": peak_memory(),
+        }

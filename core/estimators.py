@@ -1,0 +1,81 @@
+"""Value estimators behind one protocol: an aligner takes one and never asks which."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import attrs
+import torch
+from torch import Tensor
+
+from .conditions import Condition
+from .paths import Prediction, as_sigma
+from .reward import Reward
+from .sampling import Denoiser
+from .value import StitchedValue
+
+
+@attrs.frozen(eq=False)
+class Prompted:
+    """A batch of latents' context, one sample a latent: how they are being denoised and what the reward compares
+    with."""
+
+    denoiser: Denoiser
+    reward_condition: Condition
+
+    def index(self, rows: Tensor) -> Prompted:
+        """The context of the chosen samples."""
+        return Prompted(self.denoiser.index(rows), self.reward_condition.index(rows))
+
+    def repeat(self, times: int) -> Prompted:
+        """The context of ``times`` particles a sample, in a row."""
+        return Prompted(self.denoiser.repeat(times), self.reward_condition.repeat(times))
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """``E[r(z0) | z_t]`` for latents ``[B, C, h, w]`` at ``sigma [B]``: ``[B]``, differentiable in the latents.
+
+    ``prediction`` is the denoiser's at exactly these latents and noise level, when the caller already has it; an
+    estimator
+    that needs one computes it otherwise.
+    """
+
+    def __call__(
+        self, latents: Tensor, sigma: Tensor, context: Prompted, prediction: Prediction | None = None
+    ) -> Tensor: ...
+
+
+@attrs.frozen(eq=False)
+class Stitched:
+    """The stitched value model: one truncated pass, no denoiser, no decoder."""
+
+    value: StitchedValue
+
+    def __call__(
+        self, latents: Tensor, sigma: Tensor, context: Prompted, prediction: Prediction | None = None
+    ) -> Tensor:
+        return self.value(latents, sigma, context.reward_condition)
+
+
+@attrs.frozen(eq=False)
+class Tweedie:
+    """The reward of the decoded posterior mean, ``r(D(E[z0 | z_t]))``: needs the denoiser and the decoder, biased by
+    Jensen."""
+
+    reward: Reward
+
+    def __call__(
+        self, latents: Tensor, sigma: Tensor, context: Prompted, prediction: Prediction | None = None
+    ) -> Tensor:
+        level = as_sigma(sigma, latents)
+        z0 = latents if bool((level == 0).all()) else (prediction or context.denoiser(latents, level)).z0
+        images = context.denoiser.backbone.decode_latents(z0)
+        return self.reward.score(self.reward.judge(images), context.reward_condition)
+
+
+@torch.no_grad()
+def clean_reward(latents: Tensor, context: Prompted, reward: Reward) -> tuple[Tensor, Tensor]:
+    """The final reward ``[B]`` of clean latents and the images ``[B, 3, H, W]`` in [0, 1] it was read from."""
+    images = context.denoiser.backbone.decode_latents(latents).clamp(0, 1)
+    return reward.score(reward.judge(images), context.reward_condition), images

@@ -1,0 +1,184 @@
+"""Stage 2's training examples, computed once and kept on disk: clean latents and what the rewards say of them.
+
+A cache is a folder of safetensors shards, each written whole, so that building one can be interrupted and goes on
+where it
+stopped. Latents come from images, from the backbone's own samples, or from a mix of two caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .backbone import Backbone
+from .errors import ArtefactError, DataError
+from .files import make_folder, read_json, write_json, write_tensors
+from .images import ImageSource
+from .progress import track
+from .reward import Reward, RewardOutput
+from .sampling import Denoiser, sample, seeded_noise
+from .seeds import stream_seed
+
+SHARD = 256
+"""Examples in a shard: what an interruption can cost."""
+
+Latents = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+"""``from_example -> batches of (latents [B, C, h, w], images [B, 3, H, W] in [0, 1])``, each at most ``SHARD`` long."""
+
+
+@attrs.frozen(eq=False)
+class Examples:
+    """A finished cache, read lazily: ``len`` examples in shards of ``SHARD``."""
+
+    folder: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The chosen examples' tensors, stacked in the order asked for, floating ones in float32."""
+        by_shard: dict[int, list[int]] = {}
+        for position, row in enumerate(rows):
+            by_shard.setdefault(row // SHARD, []).append(position)
+        columns: dict[str, list[Tensor]] = {}
+        order: list[int] = []
+        for shard, positions in by_shard.items():
+            order += positions
+            within = [rows[p] % SHARD for p in positions]
+            with safe_open(_shard(self.folder, shard), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - the handle is not iterable
+                    whole = file.get_slice(name)
+                    columns.setdefault(name, []).extend(whole[row : row + 1] for row in within)
+        back = torch.argsort(torch.tensor(order))
+        return {name: torch.cat(parts).float()[back] for name, parts in columns.items()}
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def from_images(backbone: Backbone, source: ImageSource, count: int | None, resolution: int, batch: int) -> Latents:
+    """Latents of real images, in the source's order."""
+
+    def produce(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        limit = None if count is None else count - start
+        for images in source.batches(resolution, batch, limit=limit, skip=start):
+            images = images.to(backbone.device)
+            yield backbone.encode_images(images), images
+
+    return produce
+
+
+@attrs.frozen
+class GenerationSettings:
+    """How the backbone's own samples are drawn: plain ODE sampling, ``steps`` steps, classifier-free
+    ``guidance_scale``."""
+
+    steps: int = attrs.field(default=28, validator=attrs.validators.gt(0))
+    guidance_scale: float = 3.0
+    seed: int = 0
+
+
+def from_samples(
+    backbone: Backbone, prompts: Sequence[str], count: int, resolution: int, batch: int, settings: GenerationSettings
+) -> Latents:
+    """The backbone's own samples; example ``n`` has prompt ``n mod len(prompts)`` and a seed of its own."""
+    side = resolution // backbone.latent_factor
+    sigmas = backbone.sigmas(settings.steps, (side, side))
+
+    def produce(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        null = backbone.null_condition().to(backbone.device)
+        for first in range(start, count, batch):
+            numbers = range(first, min(first + batch, count))
+            condition = backbone.encode_prompts([prompts[n % len(prompts)] for n in numbers]).to(backbone.device)
+            denoiser = Denoiser(backbone, condition, null, settings.guidance_scale)
+            seeds = [stream_seed(settings.seed, n) for n in numbers]
+            noise = seeded_noise(seeds, (backbone.latent_channels, side, side), backbone.device)
+            latents = sample(denoiser, noise, sigmas)
+            yield latents, backbone.decode_latents(latents).clamp(0, 1)
+
+    return produce
+
+
+@torch.no_grad()
+def build_examples(
+    folder: Path,
+    latents: Latents,
+    rewards: Mapping[str, Reward],
+    settings: Mapping[str, Any],
+    count: int | None,
+    *,
+    label: str,
+    progress: bool = True,
+) -> Examples:
+    """Fill a cache folder, or go on filling it, or just open it.
+
+    ``settings`` is everything the content depends on; a folder made with other settings is refused with
+    ``ArtefactError``.
+    A source that runs out before ``count`` gives fewer examples; an empty one raises ``DataError``.
+    """
+    folder = make_folder(folder)
+    _claim(folder, settings)
+    done = 0
+    while _shard(folder, done).exists():
+        done += 1
+    if (folder / "done.json").exists():
+        return Examples(folder, read_json(folder / "done.json")["count"])
+    total = done * SHARD
+    bar_total = None if count is None else -(-(count - total) // SHARD)
+    for shard in track(_shards(latents(total), rewards), label, bar_total, progress):
+        write_tensors(_shard(folder, done), shard)
+        done += 1
+        total += len(shard["latents"])
+    if not total:
+        raise DataError(f"{label}: there is nothing to train on; the source gave no latents.")
+    write_json(folder / "done.json", {"count": total})
+    return Examples(folder, total)
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+        return
+    known = read_json(path)
+    wanted = json.loads(json.dumps(settings))
+    differ = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
+    if differ:
+        raise ArtefactError(
+            f"cache {str(folder)!r} was made with other settings ({', '.join(differ)}). Delete it or choose another."
+        )
+
+
+def _shards(batches: Iterator[tuple[Tensor, Tensor]], rewards: Mapping[str, Reward]) -> Iterator[dict[str, Tensor]]:
+    """Batches with the rewards' targets, regrouped into shards of ``SHARD``."""
+    waiting: dict[str, Tensor] = {}
+    for latents, images in batches:
+        fresh = {"latents": latents.float()}
+        for name, reward in rewards.items():
+            fresh |= _targets(name, reward.judge(images))
+        waiting = {k: torch.cat([waiting[k], v]) for k, v in fresh.items()} if waiting else fresh
+        while len(waiting["latents"]) >= SHARD:
+            yield {k: v[:SHARD] for k, v in waiting.items()}
+            waiting = {k: v[SHARD:] for k, v in waiting.items()}
+    if waiting and len(waiting["latents"]):
+        yield waiting
+
+
+def _targets(name: str, output: RewardOutput) -> dict[str, Tensor]:
+    targets = {f"{name}/embedding": output.embedding.float(), f"{name}/tokens": output.tokens.half()}
+    return targets if output.score is None else {**targets, f"{name}/score": output.score.float()}
+
+
+def cache_key(settings: Mapping[str, Any]) -> str:
+    """A folder name for these settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

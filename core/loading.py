@@ -1,0 +1,325 @@
+"""From names to networks: what a family's class must offer, and where weights come from."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import ConfigError, PluginLoadError, WeightsError
+from .records import AlignerRecord, BackboneRecord, DatasetRecord, Family, RewardRecord
+from .registries import registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from .backbone import Backbone
+    from .reward import Reward
+
+    Device = torch.device | str
+    DTypeLike = torch.dtype | str
+
+HUB, FOLDER = "hf-hub:", "local-dir:"
+
+
+class BackboneFamily(Protocol):
+    """What the class a backbone :class:`Family` names must offer beside being a :class:`~stitchvm.core.Backbone`."""
+
+    @classmethod
+    def build(cls, architecture: Mapping[str, Any], *, device: Device = "cpu") -> Backbone:
+        """The network with random weights (none on ``"meta"``), in eval mode and frozen, from a record's table."""
+        ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        record: BackboneRecord,
+        *,
+        cut: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: Device = "cpu",
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> Backbone:
+        """The trained network, in eval mode and frozen; only what a head at ``cut`` needs when ``cut`` is given.
+
+        Raises :class:`WeightsError` for weights that are missing, truncated or of another architecture.
+        """
+        ...
+
+
+class RewardFamily(Protocol):
+    """What the class a reward :class:`Family` names must offer beside being a :class:`~stitchvm.core.Reward`."""
+
+    @classmethod
+    def build(cls, architecture: Mapping[str, Any], *, device: Device = "cpu") -> Reward:
+        """As :meth:`BackboneFamily.build`."""
+        ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        record: RewardRecord,
+        *,
+        dtype: torch.dtype | None = None,
+        device: Device = "cpu",
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> Reward:
+        """As :meth:`BackboneFamily.from_pretrained`, always whole."""
+        ...
+
+
+def load_backbone(
+    name: str | BackboneRecord | Backbone,
+    *,
+    family: str | None = None,
+    cut: int | None = None,
+    dtype: DTypeLike | None = None,
+    device: Device = "cpu",
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Backbone:
+    """A backbone by registered name, record, local folder, ``hf-hub:org/repo`` or ``local-dir:/path``.
+
+    A folder or hub id needs its ``family``; a network that is loaded already comes back as it is. ``cut`` loads
+    only what a head at that cut needs; ``dtype`` is the record's own unless given.
+
+    Raises ``UnknownNameError``, ``PluginLoadError`` (a missing package) or ``WeightsError``.
+    """
+    from .backbone import Backbone
+
+    if isinstance(name, Backbone):
+        return name
+    record = name if isinstance(name, BackboneRecord) else _backbone_record(name, family)
+    cls: BackboneFamily = _family_class(record)
+    precision = as_dtype(dtype or record.dtype)
+    network = cls.from_pretrained(
+        record, cut=cut, dtype=precision, device=device, token=token, local_files_only=local_files_only
+    )
+    network.record = record
+    return network
+
+
+def load_reward(
+    name: str | RewardRecord | Reward,
+    *,
+    family: str | None = None,
+    dtype: DTypeLike | None = None,
+    device: Device = "cpu",
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Reward:
+    """A reward by registered name, record, local folder or hub id, as :func:`load_backbone`; whole and in float32."""
+    from .reward import Reward
+
+    if isinstance(name, Reward):
+        return name
+    record = name if isinstance(name, RewardRecord) else _reward_record(name, family)
+    cls: RewardFamily = _family_class(record)
+    precision = None if dtype is None else as_dtype(dtype)
+    network = cls.from_pretrained(
+        record, dtype=precision, device=device, token=token, local_files_only=local_files_only
+    )
+    network.record = record
+    return network
+
+
+def build_geometry(record: BackboneRecord | RewardRecord) -> Any:
+    """The full-size network on the meta device: shapes and names, no memory, no weights, no network access."""
+    return _build(record, record.architecture, "architecture", "meta")
+
+
+def build_twin(record: BackboneRecord | RewardRecord) -> Any:
+    """The record's small twin: the real upstream classes with the same random weights every time."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _build(record, record.twin, "twin", "cpu")
+
+
+def _build(record: BackboneRecord | RewardRecord, table: Mapping[str, Any], key: str, device: str) -> Any:
+    if not table:
+        raise ConfigError(f"{record.name!r} has no '{key}' in its record, so it cannot be built without weights.")
+    network = _family_class(record).build(table, device=device)
+    network.record = record
+    return network
+
+
+def load_aligner(name: str | AlignerRecord) -> type[Any]:
+    """The class of an alignment method; its attrs fields are the method's settings."""
+    record = registry().aligner(name) if isinstance(name, str) else name
+    _check_installed(record, record.name)
+    return _resolve(record.load, record.name)
+
+
+def load_dataset_plugin(name: str | DatasetRecord) -> type[Any]:
+    """The class of an image source that a package offers by name."""
+    record = registry().dataset(name) if isinstance(name, str) else name
+    return _resolve(record.load, record.name)
+
+
+def name_of(network: Backbone | Reward) -> str:
+    """The name a network was loaded under, or its class's when it was built by hand."""
+    return str(network.record.name) if network.record is not None else type(network).__name__
+
+
+def as_dtype(dtype: DTypeLike) -> torch.dtype:
+    """A torch dtype from its name; :class:`ConfigError` for anything but a floating-point one."""
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"unknown dtype {dtype!r}; choose float32, float16 or bfloat16.")
+    return found
+
+
+def missing_modules(record: Family | AlignerRecord) -> tuple[str, ...]:
+    """Which of a record's ``requires`` are not installed; nothing is imported to find out."""
+    return tuple(module for module in record.requires if importlib.util.find_spec(module.partition(".")[0]) is None)
+
+
+def resolve_source(
+    record: BackboneRecord | RewardRecord,
+    *,
+    patterns: Sequence[str] | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Where a record's weights are on disk: its own ``path``, or a snapshot of its hub repository.
+
+    A folder, of which only the files that match ``patterns`` are downloaded; the file itself when ``path`` is one, or
+    when the record names a ``filename`` in a repository and no ``patterns`` are given. Raises :class:`WeightsError`
+    that says what to do: accept a licence, log in, go online, or pass a local folder.
+    """
+    filename = getattr(record, "filename", None)
+    if record.path is not None:
+        place = Path(record.path)
+        if not place.exists():
+            owner = f" It is named by {record.source}." if record.source is not None else ""
+            raise WeightsError(f"{record.name!r}: {str(place)!r} does not exist.{owner}")
+        if filename and place.is_dir() and not (place / filename).is_file():
+            raise WeightsError(f"{record.name!r}: there is no file {filename!r} in {str(place)!r}.")
+        return place
+    if record.repo is None:
+        raise WeightsError(f"{record.name!r} names no weights; give its record a 'repo' or 'path', or pass a folder.")
+    single = filename if patterns is None else None
+    return _download(record, record.repo, single, patterns, token, local_files_only)
+
+
+def _download(
+    record: BackboneRecord | RewardRecord,
+    repo: str,
+    filename: str | None,
+    patterns: Sequence[str] | None,
+    token: str | None,
+    local_files_only: bool,
+) -> Path:
+    """One file, or a snapshot; whatever the hub client raises becomes a :class:`WeightsError`."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RevisionResolutionError
+
+    try:
+        if filename is not None:
+            return Path(
+                hf_hub_download(
+                    repo, filename, revision=record.revision, token=token, local_files_only=local_files_only
+                )
+            )
+        wanted = None if patterns is None else list(patterns)
+        return Path(
+            snapshot_download(
+                repo,
+                revision=record.revision,
+                allow_patterns=wanted,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, RevisionResolutionError, EntryNotFoundError, OSError) as error:
+        raise WeightsError(_hub_message(record, error, local_files_only)) from error
+
+
+def _hub_message(record: BackboneRecord | RewardRecord, error: Exception, local_files_only: bool) -> str:
+    """One sentence on what went wrong at the hub and one on what to do."""
+    from huggingface_hub import errors
+
+    repo, instead = record.repo, "or pass a local folder with the files"
+    page = f"https://huggingface.co/{repo}"
+    what = f"cannot get {record.name!r} from the hub repository {repo!r}"
+    offline = local_files_only or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    if isinstance(error, errors.GatedRepoError):
+        return f"{what}: it is gated. Accept the licence at {page}, then log in with 'hf auth login', {instead}."
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"{what}: no access token was found. Log in with 'hf auth login' or set HF_TOKEN, {instead}."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        gated = f" It is gated: accept the licence at {page}." if record.gated else ""
+        return f"{what}: it does not exist or is private.{gated} Check its name, log in ('hf auth login'), {instead}."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{what}: it has no revision {record.revision!r}. Check the record's 'revision'."
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return f"{what}: it has no file {getattr(record, 'filename', None)!r}. Check the record's 'filename'."
+    if isinstance(error, errors.HFValidationError):
+        return f"{what}: that is not a valid id; write 'organisation/name'."
+    unreachable = errors.LocalEntryNotFoundError | errors.RevisionResolutionError | ConnectionError
+    if offline and isinstance(error, unreachable):
+        switch = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
+        return f"{what}: {switch} is set and it is not in the cache. Download it once while online, {instead}."
+    if isinstance(error, unreachable):
+        return f"{what}: the hub cannot be reached and it is not in the cache. Check the connection, {instead}."
+    return f"{what}: {type(error).__name__}: {error}"
+
+
+def _backbone_record(name: str, family: str | None) -> BackboneRecord:
+    place = _place(name, family, registry().backbone_families)
+    return registry().backbone(name) if place is None else BackboneRecord(**place)
+
+
+def _reward_record(name: str, family: str | None) -> RewardRecord:
+    place = _place(name, family, registry().reward_families)
+    return registry().reward(name) if place is None else RewardRecord(**place)
+
+
+def _place(name: str, family: str | None, families: Mapping[str, Family]) -> dict[str, Any] | None:
+    """A record's fields for a name that is a folder or a hub id, None for a registered name."""
+    if name.startswith(HUB):
+        repo, _, revision = name.removeprefix(HUB).partition("@")
+        place = {"repo": repo, "revision": revision or None}
+        label = repo.rpartition("/")[2]
+    elif name.startswith(FOLDER) or "/" in name or (family is not None and Path(name).is_dir()):
+        folder = Path(name.removeprefix(FOLDER)).expanduser().absolute()
+        if not folder.is_dir():
+            raise WeightsError(f"{str(folder)!r} is not a folder; give a registered name, a folder or '{HUB}org/repo'.")
+        place, label = {"path": str(folder)}, folder.name
+    else:
+        return None
+    if family is None:
+        raise ConfigError(f"{name!r} needs a family to say how to read it; choose one of: {', '.join(families)}.")
+    label = "".join(c if c.isalnum() or c in "._-" else "-" for c in label.lower()).lstrip("._-") or "unnamed"
+    return {"name": label, "family": families[family].name, **place}
+
+
+def _family_class(record: BackboneRecord | RewardRecord) -> Any:
+    family = registry().family(record)
+    _check_installed(family, record.name)
+    return _resolve(family.load, family.name)
+
+
+def _check_installed(record: Family | AlignerRecord, wanted: str) -> None:
+    missing = missing_modules(record)
+    if missing:
+        way_out = f"pip install '{record.install}'" if record.install else f"pip install {' '.join(missing)}"
+        raise PluginLoadError(f"{wanted!r} needs {', '.join(missing)}, which is not installed: {way_out}.")
+
+
+def _resolve(load: str, name: str) -> Any:
+    """The object that a ``load`` string names."""
+    module_name, _, attribute = load.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PluginLoadError(f"{name!r}: cannot load {load!r}: {type(error).__name__}: {error}.") from error

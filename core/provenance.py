@@ -1,0 +1,38 @@
+"""Where a result came from: versions, model records and revisions."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = (
+    "stitchvm",
+    "stitchvm-shapes",
+    "torch",
+    "diffusers",
+    "transformers",
+    "open_clip_torch",
+    "accelerate",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_identity(network: Any) -> dict[str, Any]:
+    """JSON-able: name, family, repo and revision of a loaded network; a network built by hand has only its class
+    name."""
+    record = getattr(network, "record", None)
+    if record is None:
+        return {"name": type(network).__name__}
+    return {key: getattr(record, key) for key in ("name", "family", "repo", "revision", "licence")}

@@ -1,0 +1,181 @@
+"""What plugins and registry files describe: typed, frozen records, JSON-able and free of torch.
+
+A *family* is code: one slicing class that fits many checkpoints. A *record* gives a name to settings of a family.
+Hooks and registry files yield these descriptions, never models; ``load`` strings are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import attrs
+
+SPEC_VERSION = 1
+"""The hook specification this core implements; raised whenever an existing plugin would have to change."""
+
+Kind = Literal["backbone", "reward", "aligner", "dataset"]
+Level = Literal["inline", "entry point", "built-in"]
+DType = Literal["float32", "float16", "bfloat16"]
+
+LEVELS: tuple[Level, ...] = ("inline", "entry point", "built-in")
+"""Which record wins a name, first to last; equal names at one level are a conflict."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_LOAD = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def _check_name(record: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError(f"{attribute.name} is {value!r}; use lower-case letters, digits, '.', '_' and '-'")
+
+
+def _check_names(record: object, attribute: attrs.Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
+    for name in value:
+        _check_name(record, attribute, name)  # type: ignore[arg-type]
+
+
+def _check_load(record: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if not isinstance(value, str) or not _LOAD.fullmatch(value):
+        raise ValueError(f"{attribute.name} is {value!r}; write 'package.module:Class'")
+
+
+def _check_path(record: Any, attribute: attrs.Attribute[str | None], value: str | None) -> None:
+    if value is not None and record.repo is not None:
+        raise ValueError("give 'repo' or 'path', not both")
+
+
+def _strings(value: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ValueError(f"got the single string {value!r}; write a list or tuple of strings")
+    return tuple(value)
+
+
+def _name() -> str:
+    return attrs.field(validator=_check_name)
+
+
+def _load() -> str:
+    return attrs.field(validator=_check_load)
+
+
+def _aliases() -> tuple[str, ...]:
+    return attrs.field(default=(), converter=_strings, validator=_check_names)
+
+
+@attrs.frozen
+class Source:
+    """Where a record came from: the distribution, its version, and the entry point or file inside it."""
+
+    distribution: str
+    version: str
+    origin: str
+    level: Level
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version} ({self.origin})".replace("  ", " ")
+
+
+_STAMP: dict[str, Any] = {"default": None, "eq": False, "repr": False}
+"""Of every record's ``source``: filled in by the registry, left alone by a plugin."""
+
+
+@attrs.frozen(kw_only=True)
+class Family:
+    """Code for one architecture: how to slice it, build it and read its checkpoints.
+
+    ``load`` names a class with the contract of :class:`~stitchvm.core.BackboneFamily` or ``RewardFamily``; ``requires``
+    the modules it imports beyond the core's own, ``install`` the pip requirement that brings them. ``spec_version`` is
+    the number the plugin was written for, spelled out rather than copied from the core.
+    """
+
+    kind: Literal["backbone", "reward"] = attrs.field(validator=attrs.validators.in_(("backbone", "reward")))
+    name: str = _name()
+    load: str = _load()
+    spec_version: int
+    requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
+    install: str = ""
+    capabilities: tuple[str, ...] = attrs.field(default=(), converter=_strings)
+    description: str = ""
+    source: Source | None = attrs.field(**_STAMP)
+
+
+@attrs.frozen(kw_only=True)
+class BackboneRecord:
+    """A named diffusion backbone.
+
+    ``repo`` (hub id) or ``path`` (a folder, relative to the registry file) says where the weights are; ``dtype`` the
+    precision they are used in; ``resolution`` the native image side in pixels. ``architecture`` is what the family's
+    ``build`` takes at full size and ``twin`` the same, shrunk until it runs in milliseconds.
+    """
+
+    name: str = _name()
+    family: str = _name()
+    repo: str | None = None
+    path: str | None = attrs.field(default=None, validator=_check_path)
+    revision: str | None = None
+    dtype: DType = attrs.field(default="float32", validator=attrs.validators.in_(("float32", "float16", "bfloat16")))
+    licence: str = "unknown"
+    gated: bool = False
+    resolution: int = attrs.field(default=1024, validator=attrs.validators.gt(0))
+    architecture: dict[str, Any] = attrs.field(factory=dict)
+    twin: dict[str, Any] = attrs.field(factory=dict)
+    description: str = ""
+    aliases: tuple[str, ...] = _aliases()
+    source: Source | None = attrs.field(**_STAMP)
+
+
+@attrs.frozen(kw_only=True)
+class RewardRecord:
+    """A named reward model; as :class:`BackboneRecord`; ``filename`` is the checkpoint in ``repo`` or ``path``."""
+
+    name: str = _name()
+    family: str = _name()
+    repo: str | None = None
+    path: str | None = attrs.field(default=None, validator=_check_path)
+    filename: str | None = None
+    revision: str | None = None
+    licence: str = "unknown"
+    gated: bool = False
+    architecture: dict[str, Any] = attrs.field(factory=dict)
+    twin: dict[str, Any] = attrs.field(factory=dict)
+    description: str = ""
+    aliases: tuple[str, ...] = _aliases()
+    source: Source | None = attrs.field(**_STAMP)
+
+
+@attrs.frozen(kw_only=True)
+class AlignerRecord:
+    """A named alignment method: an attrs class whose fields are its settings."""
+
+    name: str = _name()
+    load: str = _load()
+    spec_version: int
+    requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
+    install: str = ""
+    description: str = ""
+    source: Source | None = attrs.field(**_STAMP)
+
+
+@attrs.frozen(kw_only=True)
+class DatasetRecord:
+    """A named image source that lives in a package."""
+
+    name: str = _name()
+    load: str = _load()
+    description: str = ""
+    source: Source | None = attrs.field(**_STAMP)
+
+
+@attrs.frozen(kw_only=True)
+class Hint:
+    """A name that another package offers, so that the answer to a missing one is "install X"."""
+
+    name: str = _name()
+    kind: Kind = attrs.field(validator=attrs.validators.in_(("backbone", "reward", "aligner", "dataset")))
+    install: str = attrs.field(validator=attrs.validators.min_len(1))
+    source: Source | None = attrs.field(**_STAMP)
+
+
+Record = BackboneRecord | RewardRecord | AlignerRecord | DatasetRecord

@@ -1,0 +1,118 @@
+"""A reward model: a sliced image tower that ends in an embedding or a score, and the tail a value model keeps of it."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import attrs
+from torch import Tensor, nn
+
+from .conditions import Condition
+from .costs import count
+from .errors import ConfigError, SliceError
+from .slicing import Sliced, State
+
+
+@attrs.frozen(eq=False)
+class RewardOutput:
+    """What a reward's tower ends in.
+
+    ``tokens [B, N, C]`` after the last norm; ``embedding [B, D]``, not normalised; ``score [B]`` for a reward whose
+    score
+    needs no condition, else None.
+    """
+
+    tokens: Tensor
+    embedding: Tensor
+    score: Tensor | None = None
+
+
+ConditionKind = Literal["prompts", "images", "nothing"]
+
+
+class Reward(Sliced):
+    """A :class:`Sliced` tower whose ``x`` is preprocessed pixels ``[B, 3, S, S]``; its blocks take no condition.
+
+    A family sets ``image_size`` (pixels, square), ``grid_size`` (patches along a side), ``prefix_count`` (CLS and
+    register
+    tokens) and ``condition_kind`` (what ``score`` compares with).
+    """
+
+    image_size: int
+    grid_size: int
+    prefix_count: int
+    condition_kind: ConditionKind
+
+    @abstractmethod
+    def preprocess(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] to the tower's normalised pixels, differentiable."""
+
+    @abstractmethod
+    def prefix(self, state: State) -> Tensor:
+        """``[B, prefix_count, C]``: the non-patch tokens of a state."""
+
+    @abstractmethod
+    def enter(self, grid: Tensor, prefix: Tensor, *, positions: bool = False) -> State:
+        """A state from patch features ``[B, C, grid_size, grid_size]`` and prefix tokens ``[prefix_count, C]``.
+
+        ``enter(grid(s), prefix(s))`` gives ``s`` back: features at a cut already carry their positions. ``positions``
+        adds
+        the positional embedding once more, which is how the paper's sentence (C.1) can be read.
+        """
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """The text side, one sample a prompt, cacheable; a reward without one raises ``ConfigError``."""
+
+    @abstractmethod
+    def score(self, output: RewardOutput, condition: Condition) -> Tensor:
+        """``[B]``: the reward, higher is better, from the tower's output and the condition."""
+
+    def check_grid(self, grid: Tensor) -> None:
+        """Raise :class:`SliceError` unless the patch grid has this tower's size."""
+        if grid.shape[-2:] != (self.grid_size, self.grid_size):
+            raise SliceError(
+                f"{type(self).__name__} reads a {self.grid_size}x{self.grid_size} patch grid, got {list(grid.shape)}."
+            )
+
+    def judge(self, images: Tensor) -> RewardOutput:
+        """The whole tower on ``[B, 3, H, W]`` images in [0, 1] (clamped), counted as ``reward``."""
+        count("reward", len(images))
+        return self.resume(self.head(self.preprocess(images.clamp(0, 1)), None, 0), 0)
+
+    def condition(self, prompts: Sequence[str] | Condition | None) -> Condition:
+        """What ``score`` needs, from prompts, from a ready condition, or from nothing.
+
+        Raises :class:`ConfigError` when a condition is missing or surplus.
+        """
+        if self.condition_kind == "nothing":
+            if prompts is not None:
+                raise ConfigError(f"{type(self).__name__} scores images alone; leave the condition out.")
+            return Condition()
+        if prompts is None:
+            raise ConfigError(f"{type(self).__name__} needs a condition ({self.condition_kind}), none was given.")
+        return prompts if isinstance(prompts, Condition) else self.encode_prompts(list(prompts))
+
+
+class Tail(nn.Module):
+    """A reward from block ``j`` on, with prefix tokens of its own: ``[B, C, g, g]`` at cut ``j - 1`` to the output.
+
+    The tensors are copies: finetuning a tail leaves the reward it came from alone. ``prefix [prefix_count, C]``
+    starts as the
+    mean of the reward's own prefix tokens at that cut, and is learnable.
+    """
+
+    def __init__(self, reward: Reward, j: int, prefix: Tensor, *, positions: bool = False) -> None:
+        super().__init__()
+        reward.check_cut(j - 1, lowest=0)
+        self.part = copy.deepcopy(reward.prune(j - 1, reward.depth, enter=True))
+        self.j = j
+        self.positions = positions
+        self.prefix = nn.Parameter(prefix.detach().clone())
+
+    def forward(self, grid: Tensor) -> RewardOutput:
+        self.part.check_grid(grid)
+        return self.part.resume(self.part.enter(grid, self.prefix, positions=self.positions), self.j - 1)

@@ -1,0 +1,91 @@
+"""The denoiser as samplers see it: classifier-free guidance in one place, and the plain sampling loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import attrs
+import torch
+from torch import Tensor
+
+from .backbone import Backbone
+from .conditions import Condition, concatenate
+from .errors import NonFiniteError
+from .kernels import Kernel, Ode
+from .paths import Prediction, as_sigma
+
+
+@attrs.frozen(eq=False)
+class Denoiser:
+    """A backbone under a prompt: ``guided = uncond + guidance_scale (cond - uncond)`` on the network's output.
+
+    ``condition`` holds one sample a latent. A ``guidance_scale`` of 1 runs the conditional pass alone.
+    """
+
+    backbone: Backbone
+    condition: Condition
+    null: Condition
+    guidance_scale: float = 1.0
+
+    def __call__(self, latents: Tensor, sigma: float | Tensor) -> Prediction:
+        """The (guided) prediction for latents ``[B, C, h, w]`` at ``sigma``."""
+        level = as_sigma(sigma, latents)
+        if self.guidance_scale == 1:
+            return self.backbone.denoise(latents, level, self.condition)
+        both = concatenate([self.null.expand(len(latents)), self.condition.expand(len(latents))])
+        pair = self.backbone.denoise(latents.repeat(2, 1, 1, 1), level.repeat(2), both)
+        (z0_null, z0), (eps_null, eps) = pair.z0.chunk(2), pair.eps.chunk(2)
+        scale = self.guidance_scale
+        return Prediction(
+            pair.path, latents, level, z0_null + scale * (z0 - z0_null), eps_null + scale * (eps - eps_null)
+        )
+
+    def index(self, rows: Tensor | slice) -> Denoiser:
+        """The denoiser of the chosen samples."""
+        return attrs.evolve(self, condition=self.condition.index(rows))
+
+    def repeat(self, times: int) -> Denoiser:
+        """The denoiser of ``times`` particles a prompt, particles of one prompt in a row."""
+        return attrs.evolve(self, condition=self.condition.repeat(times))
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """Standard normal ``[len(seeds), *shape]``, row by row from its own seed: independent of batching and device."""
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+Callback = Callable[[int, Tensor, Prediction], None]
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    kernel: Kernel | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Clean latents from ``noise [B, C, h, w]`` along ``sigmas [steps + 1]`` (falling, ending in 0).
+
+    ``callback(step, latents, prediction)`` sees every step before it is taken. ``generator`` (on the CPU) is needed
+    by a
+    kernel with noise. Raises :class:`NonFiniteError` when the latents stop being finite.
+    """
+    kernel = kernel or Ode()
+    latents = noise
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        prediction = denoiser(latents, sigma)
+        if callback is not None:
+            callback(step, latents, prediction)
+        transition = kernel(prediction, as_sigma(sigma_next, latents))
+        fresh = torch.randn(latents.shape, generator=generator) if bool((transition.std > 0).any()) else None
+        latents = transition.mean if fresh is None else transition.sample(fresh.to(latents))
+    if not bool(latents.isfinite().all()):
+        raise NonFiniteError(
+            f"sampling left the finite range after {len(sigmas) - 1} steps; check sigmas and guidance."
+        )
+    return latents

@@ -1,0 +1,235 @@
+"""Stage 1: choose where to cut both networks, from one streamed pass over a probe set (paper, section 2).
+
+For every backbone cut ``i`` and reward block ``j`` the best linear map from the noisy latent's features to the clean
+image's
+is fitted in closed form. Memory depends on channel counts only, not on the number of probe images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from .backbone import Backbone
+from .criteria import CRITERIA, Criterion, closed_form_losses, functional_losses
+from .errors import ConfigError, DataError
+from .files import write_json
+from .images import ImageSource, open_images
+from .layer import StitchingLayer, resample
+from .loading import load_backbone, load_reward, name_of
+from .progress import track
+from .regression import AffineMap, RegressionStatistics
+from .reward import Reward, Tail
+from .sampling import seeded_noise
+from .seeds import stream_seed
+from .slicing import LATENT
+from .value import Branch, Interface
+
+DEEPEST_BLOCK = 4
+"""Deeper cuts of the reward are not recoverable by finetuning (paper, section 2)."""
+
+JUDGED_EVERY = 4
+"""Every fourth probe image is held out from the fit, to judge the functional criterion."""
+
+
+@attrs.frozen(eq=False)
+class SearchResult:
+    """Every pair's losses, by criterion, and what is needed to build any of them.
+
+    ``losses[criterion][i, j]``; ``maps[i]`` is the closed-form map to the targets of all ``blocks`` side by side;
+    ``prefixes[j]`` the mean prefix tokens ``[P, C]`` at cut ``j - 1``.
+    """
+
+    backbone: str
+    reward: str
+    criterion: Criterion
+    blocks: tuple[int, ...]
+    losses: dict[Criterion, dict[tuple[int, int], float]]
+    maps: dict[int, AffineMap]
+    prefixes: dict[int, Tensor]
+    probes: int
+
+    @property
+    def loss(self) -> dict[tuple[int, int], float]:
+        """``loss[i, j]`` by the chosen criterion."""
+        return self.losses[self.criterion]
+
+    @property
+    def best(self) -> Interface:
+        """The pair of lowest loss."""
+        return Interface(*min(self.loss, key=self.loss.__getitem__))
+
+    def map(self, interface: Interface) -> AffineMap:
+        """The closed-form map of one pair."""
+        width = len(self.maps[interface.i].bias) // len(self.blocks)
+        start = self.blocks.index(interface.j) * width
+        return self.maps[interface.i].outputs(slice(start, start + width))
+
+    def layer(self, reward: Reward, interface: Interface) -> StitchingLayer:
+        """A stitching layer that holds one pair's closed-form map."""
+        affine = self.map(interface)
+        c_out, c_in = affine.weight.shape
+        layer = StitchingLayer(c_in, c_out, reward.grid_size).to(reward.device, reward.dtype)
+        layer.load_map(affine.weight, affine.bias)
+        return layer
+
+    def branch(self, reward: Reward, interface: Interface, *, positions: bool = False) -> Branch:
+        """A branch at one pair: the layer above and a copy of the reward's tail."""
+        prefix = self.prefixes[interface.j].to(reward.device, reward.dtype)
+        return Branch(self.layer(reward, interface), Tail(reward, interface.j, prefix, positions=positions))
+
+    def report(self) -> dict[str, Any]:
+        """JSON-able: the best pair and the grid as rows ``{i, j, mse, unexplained, functional}``."""
+        grid = [{"i": i, "j": j, **{c: loss[i, j] for c, loss in self.losses.items()}} for i, j in self.loss]
+        return {"backbone": self.backbone, "reward": self.reward, "criterion": self.criterion, "probes": self.probes,
+                "best": attrs.asdict(self.best), "grid": grid}  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Write ``report()`` as JSON, atomically."""
+        write_json(path, self.report())
+
+
+def search(
+    backbone: str | Backbone,
+    reward: str | Reward,
+    *,
+    images: Any,
+    cuts: Sequence[int] | None = None,
+    blocks: Sequence[int] | None = None,
+    probes: int = 200,
+    criterion: Criterion = "functional",
+    positions: bool = False,
+    resolution: int | None = None,
+    batch: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> SearchResult:
+    """Fit and rank every pair of backbone cut in ``cuts`` (default: after every block) and reward block in ``blocks``
+    (default: the first four).
+
+    ``images`` is anything :func:`open_images` takes; the first ``probes`` of them are used, one noise level each,
+    uniform in
+    [0, 1]. A quarter is held out to judge the functional criterion, which follows ``positions`` (see ``Reward.enter``).
+
+    Raises ``ConfigError`` for an unknown criterion, ``SliceError`` for a cut out of range, ``DataError`` for fewer
+    than four images.
+    """
+    if criterion not in CRITERIA:
+        raise ConfigError(f"unknown search criterion {criterion!r}; choose one of {', '.join(CRITERIA)}.")
+    backbone, reward = load_backbone(backbone), load_reward(reward)
+    cuts = tuple(range(1, backbone.depth + 1)) if cuts is None else tuple(cuts)
+    blocks = tuple(range(1, min(DEEPEST_BLOCK, reward.depth) + 1)) if blocks is None else tuple(blocks)
+    for cut in cuts:
+        backbone.check_cut(cut)
+    for j in blocks:
+        reward.check_cut(j - 1, lowest=0)
+    stream = ProbeStream(backbone, reward, open_images(images), cuts, probes, resolution, batch, seed, progress)
+    maps, prefixes = _fit(stream, blocks)
+    result = SearchResult(
+        name_of(backbone), name_of(reward), criterion, blocks, closed_form_losses(maps, blocks), maps, prefixes,
+        stream.seen,
+    )  # fmt: skip
+    result.losses["functional"] = functional_losses(result, reward, stream.batches(held=True), positions=positions)
+    return result
+
+
+@attrs.frozen(eq=False)
+class Probe:
+    """A batch of the probe set: the clean images' pixels for the reward and the noisy latents' features by cut."""
+
+    pixels: Tensor
+    features: dict[int, Tensor]
+
+
+@attrs.define(eq=False)
+class ProbeStream:
+    """Probe batches, the same noise every time: image ``n`` has its own noise and level, drawn from ``(seed, n)``."""
+
+    backbone: Backbone
+    reward: Reward
+    source: ImageSource
+    cuts: tuple[int, ...]
+    probes: int
+    resolution: int | None
+    batch: int
+    seed: int
+    progress: bool
+    seen: int = 0
+
+    @torch.no_grad()
+    def batches(self, *, held: bool) -> Iterator[Probe]:
+        """The images to fit on, or those held out from the fit."""
+        side = self.resolution or self.backbone.native_resolution
+        null = self.backbone.null_condition().to(self.backbone.device)
+        label = "search: judge" if held else "search: fit"
+        chunks = self.source.batches(side, self.batch, limit=self.probes)
+        self.seen = 0
+        for chunk in track(chunks, label, -(-self.probes // self.batch), self.progress):
+            numbers = range(self.seen, self.seen + len(chunk))
+            self.seen += len(chunk)
+            rows = [row for row, n in enumerate(numbers) if (n % JUDGED_EVERY == JUDGED_EVERY - 1) == held]
+            if not rows:
+                continue
+            images = chunk[rows].to(self.backbone.device)
+            noisy = self._noisy(images, [stream_seed(self.seed, numbers[row]) for row in rows])
+            features = dict(_features(self.backbone, noisy, null.expand(len(rows)), self.cuts))
+            yield Probe(self.reward.preprocess(images), features)
+
+    def _noisy(self, images: Tensor, seeds: list[int]) -> Any:
+        clean = self.backbone.encode_images(images)
+        draws = seeded_noise(seeds, (clean[0].numel() + 1,), clean.device)
+        sigma = torch.special.ndtr(draws[:, 0])
+        latents = self.backbone.path.add_noise(clean, draws[:, 1:].reshape(clean.shape), sigma)
+        return self.backbone.noisy(latents, sigma)
+
+
+def _features(backbone: Backbone, noisy: Any, null: Any, cuts: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    if LATENT in cuts:
+        yield LATENT, backbone.input_grid(noisy)
+    last = max(cuts)
+    if last == LATENT:
+        return
+    for cut, grid in backbone.features(noisy, null):
+        if cut in cuts:
+            yield cut, grid
+        if cut == last:
+            return
+
+
+def _fit(stream: ProbeStream, blocks: tuple[int, ...]) -> tuple[dict[int, AffineMap], dict[int, Tensor]]:
+    """Closed-form maps by cut and mean prefix tokens by block."""
+    fits = {cut: RegressionStatistics() for cut in stream.cuts}
+    prefix_sums: dict[int, Tensor] = {}
+    images = 0
+    for probe in stream.batches(held=False):
+        states = dict(_states(stream.reward, probe.pixels, blocks))
+        targets = torch.cat([_rows(stream.reward.grid(states[j])) for j in blocks], dim=1)
+        for j in blocks:
+            tokens = stream.reward.prefix(states[j]).double().sum(0)
+            prefix_sums[j] = prefix_sums[j] + tokens if j in prefix_sums else tokens
+        for cut, grid in probe.features.items():
+            fits[cut].add(_rows(resample(grid, stream.reward.grid_size)), targets)
+        images += len(probe.pixels)
+    if stream.seen < JUDGED_EVERY:
+        raise DataError(
+            f"search needs at least {JUDGED_EVERY} probe images, {stream.source.name!r} gave {stream.seen}."
+        )
+    return {cut: fit.solve() for cut, fit in fits.items()}, {j: t / images for j, t in prefix_sums.items()}
+
+
+def _states(reward: Reward, pixels: Tensor, blocks: tuple[int, ...]) -> Iterator[tuple[int, Any]]:
+    """The clean image's state at cut ``j - 1`` for every ``j``."""
+    state, cut = reward.stem(pixels, None), 0
+    for j in sorted(blocks):
+        state, cut = reward.run(state, cut, j - 1), j - 1
+        yield j, state
+
+
+def _rows(grid: Tensor) -> Tensor:
+    """``[B, C, H, W]`` as ``[B * H * W, C]``."""
+    return grid.permute(0, 2, 3, 1).flatten(0, 2)

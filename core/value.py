@@ -1,0 +1,212 @@
+"""The value model: a backbone's head, a stitching layer and a reward's tail, ``V(z_t) = E[r(z0) | z_t]`` (paper,
+section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from torch import Tensor, nn
+
+from . import artefact
+from .artefact import Provenance
+from .backbone import Backbone, NoisyLatent
+from .conditions import Condition
+from .costs import count
+from .errors import ArtefactError, ConfigError, SliceError
+from .files import read_json
+from .layer import StitchingLayer
+from .reward import Reward, RewardOutput, Tail
+from .slicing import Head
+
+
+@attrs.frozen
+class Interface:
+    """Where two networks are cut: after backbone block ``i`` (``LATENT`` for VAE stitching), before reward block
+    ``j``."""
+
+    i: int
+    j: int
+
+
+class Branch(nn.Module):
+    """One reward's half of a value model: ``[B, C, h, w]`` backbone features to the reward's output."""
+
+    def __init__(self, layer: StitchingLayer, tail: Tail) -> None:
+        super().__init__()
+        self.layer = layer
+        self.tail = tail
+
+    def forward(self, grid: Tensor) -> RewardOutput:
+        output: RewardOutput = self.tail(self.layer(grid))
+        return output
+
+
+class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["stitchvm"]):
+    """One head and one branch a reward. ``value(latents, sigma, condition)`` reads noisy latents with the rewards'
+    skill.
+
+    The head is frozen and runs under the backbone's null prompt and the true noise level; several rewards share its
+    pass
+    and are summed with ``weights``. The backbone's own text encoders and VAE are not needed.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        branches: Mapping[str, Branch],
+        null: Condition,
+        weights: Sequence[float] | None = None,
+        rewards: Mapping[str, Reward] | None = None,
+        provenance: Provenance | None = None,
+    ) -> None:
+        super().__init__()
+        self.head = head.requires_grad_(False).eval()
+        self.names = tuple(branches)
+        self.branches = nn.ModuleList(branches.values())
+        self.weights = tuple(weights or [1.0] * len(self.names))
+        if len(self.weights) != len(self.names):
+            raise ConfigError(f"{len(self.names)} rewards ({', '.join(self.names)}) but {len(self.weights)} weights.")
+        self.null = null
+        self.provenance = provenance or Provenance()
+        # a plain dict, so that the clean rewards are neither trained nor saved with the value model
+        self._rewards: dict[str, Reward] = dict(rewards or {})
+
+    def save_pretrained(self, save_directory: str | Path, **push: Any) -> str | None:
+        """Write the artefact folder (see :mod:`stitchvm.core.artefact`); ``push_to_hub=True`` and ``repo_id`` also
+        upload it."""
+        artefact.save(self, save_directory)
+        if not push.pop("push_to_hub", False):
+            return None
+        repo_id = push.pop("repo_id", None) or Path(save_directory).name
+        return str(self.push_to_hub(repo_id, **push))
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> Self:
+        """``options``: ``backbone`` (a name or an object to share), ``allow_other_backbone``, ``device``, ``dtype``."""
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                    local_files_only=local_files_only, token=token,
+                )
+            )  # fmt: skip
+        return artefact.load(cls, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """A saved value model, from a folder or a hub id; see ``artefact.load`` for ``options``.
+
+        Raises ``ArtefactError`` when there is none, when it is damaged, or when it belongs to another backbone.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if not (path / artefact.CONFIG).is_file() and (
+            path.exists() or str(path).count("/") != 1 or path.is_absolute()
+        ):
+            raise ArtefactError(
+                f"{str(path)!r} holds no value model ({artefact.CONFIG} is missing). Give a folder that stitch wrote."
+            )
+        if path.is_dir():
+            read_json(path / artefact.CONFIG)  # the mixin would parse it first, and fail less clearly
+        loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        return loaded
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.branches.parameters()).device
+
+    def interface(self, name: str | None = None) -> Interface:
+        """Where the (first) reward was cut in."""
+        return Interface(self.head.cut, self._branch(name or self.names[0]).tail.j)
+
+    def features(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
+        """``[B, C, H, W]`` backbone features under the null prompt, counted as ``head``."""
+        backbone = self.head.part
+        assert isinstance(backbone, Backbone)
+        x: NoisyLatent = backbone.noisy(latents, sigma)
+        if self.head.cut >= 0:
+            count("head", len(latents))
+        null = self.null.to(latents.device).expand(len(latents))
+        grid: Tensor = self.head(x, null)
+        return grid.to(next(self.branches.parameters()).dtype)
+
+    def outputs(self, latents: Tensor, sigma: float | Tensor) -> dict[str, RewardOutput]:
+        """Every reward's output on noisy latents ``[B, C, h, w]``: embeddings for retrieval, tokens for
+        distillation."""
+        return self.read(self.features(latents, sigma))
+
+    def read(self, features: Tensor) -> dict[str, RewardOutput]:
+        """Every reward's output from the head's features, counted as ``tail``."""
+        count("tail", len(features) * len(self.names))
+        return {name: branch(features) for name, branch in zip(self.names, self.branches, strict=True)}
+
+    def forward(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        condition: Condition | Sequence[str] | Mapping[str, Condition] | None = None,
+    ) -> Tensor:
+        """``[B]``: the weighted sum of the rewards' values, differentiable in ``latents [B, C, h, w]``.
+
+        ``condition`` is what the reward compares with: prompts, its ready-made condition (both of one sample or B), a
+        mapping from reward name
+        to condition for several, or None for a reward that needs none.
+
+        Raises ``SliceError`` for wrong latents, ``NoiseLevelError`` for a sigma outside [0, 1], ``ConfigError`` for a
+        missing or
+        surplus condition.
+        """
+        values = []
+        for (name, output), weight in zip(self.outputs(latents, sigma).items(), self.weights, strict=True):
+            ready = self.condition(condition, name).to(latents.device).expand(len(latents))
+            values.append(weight * self._scorer(name).score(output, ready))
+        return torch.stack(values).sum(0)
+
+    def condition(
+        self, condition: Condition | Sequence[str] | Mapping[str, Condition] | None, name: str | None = None
+    ) -> Condition:
+        """The (first) reward's condition, encoding prompts with its text side."""
+        name = name or self.names[0]
+        if isinstance(condition, Mapping):
+            if name not in condition:
+                raise ConfigError(f"no condition for reward {name!r}; given: {', '.join(condition) or 'none'}.")
+            return condition[name]
+        if isinstance(condition, str):
+            raise ConfigError("condition is a single string; give a list of prompts, one a latent or one for all.")
+        if condition is None or isinstance(condition, Condition):
+            return self._scorer(name).condition(condition)
+        return self.reward(name).condition(condition)
+
+    def reward(self, name: str | None = None) -> Reward:
+        """The clean reward behind the (first) branch."""
+        name = name or self.names[0]
+        if name not in self._rewards:
+            raise ConfigError(f"reward {name!r} is not attached to this value model; pass it when building the model.")
+        return self._rewards[name]
+
+    def _branch(self, name: str) -> Branch:
+        if name not in self.names:
+            raise SliceError(f"this value model reads {', '.join(self.names)}, not {name!r}.")
+        branch = self.branches[self.names.index(name)]
+        assert isinstance(branch, Branch)
+        return branch
+
+    def _scorer(self, name: str) -> Reward:
+        part = self._branch(name).tail.part
+        assert isinstance(part, Reward)
+        return part

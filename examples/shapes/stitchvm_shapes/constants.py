@@ -1,0 +1,13 @@
+"""The numbers a user of the models has to know; they are part of how the models were trained."""
+
+from pathlib import Path
+
+#: The folder of the shipped models.
+WEIGHTS = Path(__file__).parent / "weights"
+#: `max_sequence_length` of `StableDiffusion3Pipeline`: no place-holders for the T5 encoder that these models do not have.
+MAX_SEQUENCE_LENGTH = 0
+#: Timestep shift of the scheduler.
+SCHEDULER_SHIFT = 1.0
+#: Recommended guidance scale and number of Euler steps.
+GUIDANCE = 3.0
+STEPS = 28

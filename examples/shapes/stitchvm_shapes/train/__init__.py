@@ -1,0 +1,1 @@
+"""Training of every model of this package, from nothing."""

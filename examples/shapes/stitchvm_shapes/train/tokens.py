@@ -1,0 +1,44 @@
+"""A word-level CLIP tokenizer: each word of the captions is one token, stored as an ordinary BPE vocabulary."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from transformers import CLIPTokenizer
+
+from ..scenes import MAX_TOKENS, vocabulary
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+Word = tuple[str, ...]
+
+
+def _join(word: Word, pair: tuple[str, str]) -> Word:
+    merged: list[str] = []
+    for symbol in word:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return tuple(merged)
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent first, until each word is a single symbol."""
+    pieces: list[Word] = [(*word[:-1], word[-1] + "</w>") for word in words]
+    merges = []
+    while any(len(piece) > 1 for piece in pieces):
+        pairs = Counter(pair for piece in pieces for pair in zip(piece, piece[1:], strict=False))
+        pair = max(sorted(pairs), key=lambda p: pairs[p])
+        merges.append(pair)
+        pieces = [_join(piece, pair) for piece in pieces]
+    return merges
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """The tokenizer of both the flow model's text encoders and the reward model; `END` has the highest id."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    merges = _merges(vocabulary())
+    symbols = [*letters, *(letter + "</w>" for letter in letters)]
+    symbols += [token for token in dict.fromkeys("".join(pair) for pair in merges) if token not in symbols]
+    vocab = {token: number for number, token in enumerate([*symbols, BEGIN, END])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)

@@ -1,0 +1,98 @@
+"""The shipped models, each loaded the way an ordinary user of its library would."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from PIL import Image
+
+from stitchvm_shapes.constants import GUIDANCE, MAX_SEQUENCE_LENGTH, WEIGHTS
+from stitchvm_shapes.detector import ATTRIBUTES, Detector
+from stitchvm_shapes.train.data import Pictures, as_float, held_out
+from stitchvm_shapes.train.detector import evaluate as evaluate_detector
+from stitchvm_shapes.train.vae import evaluate as evaluate_vae
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    return held_out(300, seed=21)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusion3Pipeline:
+    pipe = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / "shapes-mmdit", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_weights_stay_small():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 60e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_the_card_has_the_measured_figures():
+    record = json.loads((WEIGHTS / "training.json").read_text())
+    assert set(record["models"]) >= {"vae", "clip", "detector", "mmdit"}
+    assert record["models"]["detector"]["accuracy"] >= 0.99
+
+
+def test_the_detector_accepts_true_captions_and_rejects_changed_ones():
+    numbers = evaluate_detector(Detector.load(), None, 300)
+    assert numbers["accepted"] >= 0.98
+    assert numbers["rejected"] >= 0.98
+
+
+def test_the_detector_rates_every_attribute(pictures):
+    rates = Detector.load().attributes(as_float(pictures.images[:20]), pictures.captions[:20])
+    assert set(rates) == set(ATTRIBUTES)
+    assert all(rate.shape == (20,) and rate.min() >= 0 and rate.max() <= 1 for rate in rates.values())
+
+
+def test_the_detector_names_the_images_it_cannot_take():
+    with pytest.raises(ValueError, match="float images"):
+        Detector.load().detect(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="2 images and 1 captions"):
+        Detector.load().attributes(torch.zeros(2, 3, 64, 64), ["a large red circle on a plain gray background"])
+
+
+def test_the_autoencoder_keeps_the_picture(pictures):
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32).eval()
+    numbers = evaluate_vae(vae, pictures.images)
+    assert numbers["psnr"] >= 30
+    assert abs(numbers["latent_mean"]) < 0.05
+    assert abs(numbers["latent_std"] - 1) < 0.05
+
+
+def test_open_clip_loads_the_reward_model_and_retrieves(pictures):
+    name = f"local-dir:{WEIGHTS / 'shapes-clip'}"
+    model, preprocess = open_clip.create_model_from_pretrained(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    assert isinstance(model.visual, open_clip.transformer.VisionTransformer)
+    pixels = [preprocess(Image.fromarray(np.asarray(image.permute(1, 2, 0)))) for image in pictures.images]
+    with torch.no_grad():
+        images = model.eval().encode_image(torch.stack(pixels), normalize=True)
+        texts = model.encode_text(tokenizer(pictures.captions), normalize=True)
+    scores = images @ texts.T
+    target = torch.arange(len(scores))
+    assert (scores.argmax(1) == target).float().mean() > 0.85
+    assert (scores.argmax(0) == target).float().mean() > 0.85
+
+
+def test_the_pipeline_generates_what_captions_say(pipe, pictures):
+    captions = [caption for caption in pictures.captions if len(caption.split(" a ")) == 2][:16]
+    generator = torch.Generator().manual_seed(0)
+    settings = {"guidance_scale": GUIDANCE, "num_inference_steps": 16, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    images = pipe(captions, height=64, width=64, generator=generator, output_type="pt", **settings).images
+    rates = Detector.load().attributes(images, captions)
+    assert rates["backgrounds"].mean() > 0.8
+    assert rates["colours"].mean() > 0.6
+
+
+def test_the_pipeline_has_no_place_holder_tokens(pipe):
+    tokens, _, pooled, _ = pipe.encode_prompt("a large red circle", None, None, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    assert tokens.shape == (1, 24, 192)
+    assert pooled.shape == (1, 192)

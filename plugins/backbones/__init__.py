@@ -1,0 +1,21 @@
+"""Built-in backbone families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from stitchvm.core import BackboneRecord, Family, hookimpl
+
+
+@hookimpl
+def stitchvm_backbones() -> Iterable[Family | BackboneRecord]:
+    """The families that ``registry.toml`` gives names to."""
+    yield Family(
+        kind="backbone",
+        name="mmdit",
+        load="stitchvm.plugins.backbones.mmdit:MMDiTBackbone",
+        spec_version=1,
+        requires=("diffusers", "transformers"),
+        install="stitchvm[sd3]",
+        description="Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel with its VAE and text encoders.",
+    )

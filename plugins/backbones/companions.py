@@ -1,0 +1,149 @@
+"""What a diffusers pipeline has beside its denoiser: the VAE, the scheduler's settings and the text side, on first use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import attrs
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from stitchvm.core import ConfigError, SliceError, count
+
+
+class TextSide(Protocol):
+    """Prompts to ``{"embeds": [B, T, D], "pooled": [B, P]}`` on a device."""
+
+    def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]: ...
+
+
+@attrs.define(eq=False)
+class Companions:
+    """The VAE is opened when first used and kept in float32: it is small, and half precision shows in latents and rewards."""
+
+    vae_config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any]
+    text: TextSide
+    open_vae: Callable[[], AutoencoderKL]
+    _vae: AutoencoderKL | None = attrs.field(default=None, init=False)
+
+    def vae(self, device: torch.device) -> AutoencoderKL:
+        """The frozen VAE, moved to ``device``."""
+        if self._vae is None:
+            self._vae = self.open_vae()
+        return self._vae.to(device)
+
+    @property
+    def latent_factor(self) -> int:
+        """Image pixels per latent pixel: every VAE block but the last halves the side."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    @property
+    def scale_and_shift(self) -> tuple[float, float]:
+        """``(scale, shift)`` of ``latents = (encoded - shift) * scale``; no shift is 0."""
+        return float(self.vae_config["scaling_factor"]), float(self.vae_config.get("shift_factor") or 0.0)
+
+    def encode_images(self, images: Tensor, device: torch.device, multiple: int) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] to scaled latents (the posterior's mode), float32, counted as ``encoder``.
+
+        Raises :class:`SliceError` unless the sides are multiples of ``multiple`` pixels.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % multiple or images.shape[3] % multiple:
+            raise SliceError(
+                f"images must be [batch, 3, height, width] with sides that are multiples of {multiple}, "
+                f"got {list(images.shape)}; resize or crop them first."
+            )
+        count("encoder", len(images))
+        vae, (scale, shift) = self.vae(device), self.scale_and_shift
+        posterior = vae.encode(images.to(device, vae.dtype) * 2 - 1).latent_dist
+        latents: Tensor = (posterior.mode().float() - shift) * scale
+        return latents
+
+    def decode_latents(self, latents: Tensor, device: torch.device) -> Tensor:
+        """Scaled latents to images ``[B, 3, H, W]``, nominally in [0, 1], float32, counted as ``decoder``."""
+        count("decoder", len(latents))
+        vae, (scale, shift) = self.vae(device), self.scale_and_shift
+        pixels = vae.decode(latents.to(device, vae.dtype) / scale + shift, return_dict=False)[0]
+        return pixels.float() / 2 + 0.5
+
+    def sigmas(self, steps: int, image_tokens: int) -> Tensor:
+        """``[steps + 1]`` falling noise levels ending in 0, float32, as the pipeline's scheduler would use them.
+
+        ``image_tokens`` sets the shift of a scheduler with dynamic shifting. Raises :class:`ConfigError` for fewer than one
+        step or a scheduler whose levels do not fall from at most 1 to 0.
+        """
+        if steps < 1:
+            raise ConfigError(f"sampling needs at least 1 step, got {steps}.")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(self.scheduler_config))
+        scheduler.set_timesteps(steps, mu=self._mu(scheduler.config, image_tokens))
+        sigmas: Tensor = scheduler.sigmas.float()
+        if sigmas[0] > 1 or sigmas[-1] != 0 or bool((sigmas.diff() >= 0).any()):
+            raise ConfigError(
+                f"the scheduler's noise levels run from {sigmas[0]:g} to {sigmas[-1]:g}; expected a fall from at most 1 to 0 "
+                "(invert_sigmas is not supported)."
+            )
+        return sigmas
+
+    @staticmethod
+    def _mu(config: Mapping[str, Any], image_tokens: int) -> float | None:
+        """The shift of dynamic shifting, linear in the sequence length through the scheduler's two anchor points."""
+        if not config["use_dynamic_shifting"]:
+            return None
+        low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+        slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+        return float(config["base_shift"] + slope * (image_tokens - low))
+
+
+@attrs.frozen
+class HashedText:
+    """Text conditioning for a network with random weights, which no trained text encoder fits.
+
+    Every word becomes a standard normal vector seeded by its hash, so that equal prompts agree, different prompts differ
+    and nothing is downloaded. It means nothing; it is what twins are run with.
+    """
+
+    tokens: int
+    width: int
+    pooled_width: int
+
+    def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        embeds = torch.zeros(len(prompts), self.tokens, self.width)
+        for row, prompt in enumerate(prompts):
+            for column, word in enumerate(prompt.split()[: self.tokens]):
+                embeds[row, column] = _seeded(word, self.width)
+        pooled = torch.stack([_seeded(prompt, self.pooled_width) for prompt in prompts])
+        return {"embeds": embeds.to(device), "pooled": pooled.to(device)}
+
+
+def _seeded(text: str, width: int) -> Tensor:
+    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed))
+
+
+@attrs.define(eq=False)
+class Sd3Text:
+    """The text side of a ``StableDiffusion3Pipeline``, through its own ``encode_prompt``; opened on first use."""
+
+    open_pipeline: Callable[[], Any]
+    max_sequence_length: int
+    _pipeline: Any = attrs.field(default=None, init=False)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        if self._pipeline is None:
+            self._pipeline = self.open_pipeline()
+        for encoder in (self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.text_encoder_3):
+            if encoder is not None:
+                encoder.to(device)
+        embeds, _, pooled, _ = self._pipeline.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"embeds": embeds, "pooled": pooled}

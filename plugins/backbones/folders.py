@@ -1,0 +1,102 @@
+"""Opening the parts of a diffusers pipeline folder one by one, strictly and without building what is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from stitchvm.core import BackboneRecord, WeightsError, resolve_source
+
+from ..checkpoints import differing, load_strictly, read_json, read_tensors, shards
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+class Fetch(Protocol):
+    """The local folder of a pipeline, with the files that match ``patterns`` in it."""
+
+    def __call__(self, *patterns: str) -> Path: ...
+
+
+def fetcher(record: BackboneRecord, token: str | None, local_files_only: bool) -> Fetch:
+    """A :class:`Fetch` for a record's folder or hub repository: files are downloaded when they are first asked for."""
+
+    def fetch(*patterns: str) -> Path:
+        return resolve_source(record, patterns=patterns, token=token, local_files_only=local_files_only)
+
+    return fetch
+
+
+def on_meta(make: Callable[[], nn.Module]) -> Any:
+    """A frozen module without memory for its weights."""
+    with torch.device("meta"):
+        return make().requires_grad_(False).eval()
+
+
+def random_vae(config: Mapping[str, Any], seed: int) -> AutoencoderKL:
+    """A frozen VAE with random weights drawn from ``seed``; the caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(**config).requires_grad_(False).eval()
+
+
+def load_part(
+    fetch: Fetch, part: nn.Module, name: str, *, prefixes: tuple[str, ...] | None = None, **to: Any
+) -> None:
+    """Read the tensors of the pipeline's part ``name`` (only those below ``prefixes``) into ``part``, on the device and in the
+    dtype of ``to``.
+
+    Raises :class:`WeightsError` unless they are exactly the tensors that ``part`` has.
+    """
+    folder = fetch("*.json") / name
+    files = shards(folder, WEIGHTS, prefixes)
+    fetch(*(f"{name}/{file.name}" for file in files))
+    load_strictly(part, read_tensors(files, prefixes=prefixes, **to), folder)
+
+
+def read_config(folder: Path, kind: type, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of one part of a pipeline.
+
+    Raises :class:`WeightsError` when it is missing, of another class than ``kind``, or contradicts ``expected``.
+    """
+    file = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
+    config = read_json(file)
+    if config.get("_class_name") != kind.__name__:
+        raise WeightsError(f"{file} describes a {config.get('_class_name')}, expected a {kind.__name__}; choose another model.")
+    if conflict := differing(expected, config):
+        raise WeightsError(f"{file} is of another architecture than the registry's: {conflict}. Correct the name or the path.")
+    return config
+
+
+def open_vae(fetch: Fetch, config: Mapping[str, Any]) -> AutoencoderKL:
+    """The frozen VAE of a pipeline folder, in float32."""
+    vae = on_meta(lambda: AutoencoderKL.from_config(dict(config)))
+    load_part(fetch, vae, "vae", dtype=torch.float32)
+    return vae
+
+
+def open_sd3_text(fetch: Fetch, joint_attention_dim: int, dtype: torch.dtype) -> Any:
+    """A ``StableDiffusion3Pipeline`` with nothing but its text encoders and tokenizers."""
+    from diffusers import StableDiffusion3Pipeline
+    from safetensors import SafetensorError
+
+    # Only the files in the model's own precision: repositories hold an fp16 variant of each beside them.
+    folder = fetch("*.json", "tokenizer*/*", "text_encoder*/model.safetensors", "text_encoder*/model-*.safetensors")
+    index = read_json(folder / "model_index.json")
+    absent = [name for name, origin in index.items() if isinstance(origin, list) and origin[0] is None]
+    left_out = dict.fromkeys(("transformer", "vae", *absent))
+    try:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            folder, **left_out, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"the text encoders in {folder} cannot be read: {error}") from error
+    # encode_prompt reads the width of an absent T5's zeros from the denoiser's configuration, and nothing else of it.
+    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
+    return pipeline

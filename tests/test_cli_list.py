@@ -1,0 +1,183 @@
+"""``stitchvm list``, ``pairs`` and ``doctor``: quick, free of torch, and clear about a mistake."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from stitchvm.core import cli
+
+HEAVY = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "open_clip",
+    "matplotlib",
+    "datasets",
+    "accelerate",
+    "scipy",
+)
+
+PROBE = f"""
+import sys
+from stitchvm.core.cli import main
+sys.argv = ["stitchvm", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("HEAVY", *(name for name in {HEAVY!r} if name in sys.modules))
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, fresh_registry):
+    """Run the command line in this process: ``run("list", "sd3*") -> (exit code, output, errors)``."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stitchvm", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("list",), ("list", "--json"), ("pairs",), ("doctor",), ("--help",), ("list", "--help"), ("--version",)],
+    ids=" ".join,
+)
+def test_light_commands_load_nothing_heavy(arguments):
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1].split() == ["HEAVY"], done.stderr
+
+
+def test_importing_core_and_every_built_in_plugin_loads_nothing_heavy():
+    code = (
+        "import sys, stitchvm.core, stitchvm.plugins.backbones, stitchvm.plugins.rewards, stitchvm.plugins.aligners; "
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_list_takes_under_half_a_second():
+    """Processor time, the best of three: a busy machine stretches the clock, not the work."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "stitchvm.core.cli", "list"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_list_shows_names_licences_and_status(run):
+    code, out, _ = run("list")
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if " sd3.5-medium " in line)
+    assert line.split()[:3] == ["backbone", "sd3.5-medium", "mmdit"]
+    assert "(gated)" in line
+    assert line.rstrip().endswith("ready")
+
+
+def test_list_with_a_pattern_as_json(run):
+    code, out, _ = run("list", "clip-vit-l*", "--json")
+    (entry,) = json.loads(out)
+    assert code == 0
+    assert (entry["kind"], entry["name"], entry["status"]) == ("reward", "clip-vit-l-14-336", "ready")
+    assert entry["source"]["distribution"] == "stitchvm"
+    assert entry["architecture"]["vision_cfg"]["image_size"] == 336
+
+
+def test_list_without_a_match(run):
+    assert run("list", "zzz*") == (0, "", "No name matches 'zzz*'.\n")
+    code, out, _ = run("list", "zzz*", "--json")
+    assert (code, json.loads(out)) == (0, [])
+
+
+def test_list_says_what_a_family_needs(run, install):
+    source = """
+from stitchvm.core import BackboneRecord, Family, hookimpl
+
+@hookimpl
+def stitchvm_backbones():
+    yield Family(kind="backbone", name="needy", load="a:B", spec_version=1,
+                 requires=("no_such_library",), install="acme[x]")
+    yield BackboneRecord(name="needy", family="needy")
+"""
+    install("acme", {"acme_needy": source}, {"point": "acme_needy"})
+    _, out, _ = run("list", "needy")
+    assert "pip install 'acme[x]'" in out
+    _, out, _ = run("doctor")
+    assert "needs no_such_library: pip install 'acme[x]'" in out
+
+
+def test_pairs(run):
+    code, out, _ = run("pairs", "--json")
+    assert code == 0
+    assert {"backbone": "sd3.5-medium", "reward": "clip-vit-l-14-336"} in json.loads(out)
+    assert "sd3.5-medium" in run("pairs")[1]
+
+
+def test_doctor_is_content(run):
+    code, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    assert (code, report["problems"]) == (0, [])
+    assert {"stitchvm", "torch"} <= set(report["versions"])
+    assert {plugin["origin"] for plugin in report["plugins"]} >= {"backbones", "rewards", "aligners", "registry"}
+    assert "No problems." in run("doctor")[1]
+
+
+def test_doctor_and_list_with_a_broken_plugin(run, install):
+    install("acme", {"acme_broken": "import no_such_library"}, {"point": "acme_broken"})
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "problem: acme (point): cannot import 'acme_broken': the module 'no_such_library' is not installed." in out
+    code, out, err = run("list")
+    assert code == 0
+    assert "clip-vit-l-14-336" in out
+    assert err == "1 problem: see 'stitchvm doctor'.\n"
+
+
+def test_plugin_option(run, tmp_path):
+    (tmp_path / "mine.toml").write_text('[rewards.mine]\nfamily = "clip"\nlicence = "mit"\n')
+    code, out, _ = run("--plugin", str(tmp_path / "mine.toml"), "list", "mine")
+    assert code == 0
+    assert "mine.toml" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "cannot be read"), ("[rewards.mine]\nfamly = 'clip'\n", "unknown key 'famly', did you mean 'family'?")],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, content, expected):
+    if content:
+        (tmp_path / "mine.toml").write_text(content)
+    code, out, err = run("--plugin", str(tmp_path / "mine.toml"), "list")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2(run, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "out.json")
+
+    monkeypatch.setattr("stitchvm.core.cli.listing.print_json", full)
+    assert run("list", "--json") == (2, "", "error: out.json: No space left on device\n")
+
+
+def test_unknown_command(run):
+    code, _, err = run("lst")
+    assert code == 2
+    assert "No such command 'lst'" in err
