@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from .particles import RESAMPLERS, Aligner, AlignProblem, Particles, Resampling, effective_sample_size
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
+    from .ranking import Ranking, rank_seeds
     from .records import SPEC_VERSION, AlignerRecord, BackboneRecord, DatasetRecord, Family, Hint, RewardRecord, Source
     from .registries import Registry, pairs, registry
     from .reward import Reward, RewardOutput, Tail
@@ -99,6 +100,7 @@ _PUBLIC = {
     ),
     "particles": ("RESAMPLERS", "AlignProblem", "Aligner", "Particles", "Resampling", "effective_sample_size"),
     "paths": ("FlowPath", "Path", "Prediction", "PredictionKind", "VariancePreservingPath", "as_sigma", "spread"),
+    "ranking": ("Ranking", "rank_seeds"),
     "records": (
         "SPEC_VERSION",
         "AlignerRecord",
@@ -161,6 +163,7 @@ __all__ = [
     "Prediction",
     "PredictionKind",
     "Prompted",
+    "Ranking",
     "Registry",
     "Resampling",
     "Reward",
@@ -199,6 +202,7 @@ __all__ = [
     "load_reward",
     "name_of",
     "pairs",
+    "rank_seeds",
     "registry",
     "resolve_source",
     "sample",

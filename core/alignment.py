@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .alignment_result import AlignResult, PartStore
@@ -70,7 +71,8 @@ def align(
         name=method if isinstance(method, str) else type(method).__name__, method=aligner, backbone=network,
         estimator=estimator, reward=judge, prompts=_checked_prompts(prompts),
         particles=aligner.default_particles if particles is None else particles, seed=seed, steps=steps,
-        guidance_scale=guidance_scale, resolution=resolution or network.native_resolution, batch=batch,
+        guidance_scale=guidance_scale, batch=batch,
+        resolution=network.native_resolution if resolution is None else resolution,
     )  # fmt: skip
     result = job.run(PartStore.open(out, job.settings()), progress)
     if out is not None:
@@ -122,12 +124,15 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, JSON-able: what a run to be continued must share."""
         digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()[:16]
-        return {
-            "method": self.name, "method_settings": plain(self.method), "backbone": model_identity(self.backbone),
-            "estimator": _identity(self.estimator), "reward": model_identity(self.reward), "particles": self.particles,
-            "seed": self.seed, "steps": self.steps, "guidance_scale": float(self.guidance_scale),
-            "resolution": self.resolution, "prompts": digest,
+        settings = {
+            "method": self.name, "method_settings": plain(self.method), "estimator": _identity(self.estimator),
+            "backbone": {**model_identity(self.backbone), "weights": _digest(self.backbone.net)},
+            "reward": {**model_identity(self.reward), "weights": _digest(self.reward.net)},
+            "particles": self.particles, "seed": self.seed, "steps": self.steps,
+            "guidance_scale": float(self.guidance_scale), "resolution": self.resolution, "prompts": digest,
         }  # fmt: skip
+        # As it will be when read back: tuples become lists.
+        return dict(json.loads(json.dumps(settings, default=repr)))
 
     def run(self, store: PartStore, progress: bool) -> AlignResult:
         """Every prompt that ``store`` does not hold yet, as many at a time as ``batch`` has room for."""
@@ -229,10 +234,14 @@ def _identity(estimator: Estimator | None) -> Any:
     """JSON-able; two stitched values of the same name differ when their weights do."""
     if not isinstance(estimator, Stitched):
         return None if estimator is None else type(estimator).__name__
+    value = estimator.value
+    cuts = attrs.asdict(value.interface())
+    return {"name": "Stitched", "rewards": list(value.names), **cuts, "weights": _digest(value.branches)}
+
+
+def _digest(module: nn.Module) -> str:
+    """Tells a network from a retrained one of the same name, by the first entries of every tensor."""
     digest = hashlib.sha256()
-    for tensor in estimator.value.branches.state_dict().values():
+    for tensor in module.state_dict().values():
         digest.update(tensor.flatten()[:64].cpu().float().numpy().tobytes())
-    cuts = attrs.asdict(estimator.value.interface())
-    return {"name": "Stitched", "rewards": list(estimator.value.names), **cuts, "weights": digest.hexdigest()[:16]}
-
-
+    return digest.hexdigest()[:16]

@@ -157,12 +157,22 @@ class PartStore:
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new if old.get(key) != new[key]]
+    before, now = _leaves(old), _leaves(new)
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changed = [f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names]
     if changed:
         raise ConfigError(
             f"{str(out)!r} holds a run with other settings ({'; '.join(changed)}). "
             "Choose another folder, or delete that one to start again."
         )
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, under dotted names."""
+    found: dict[str, Any] = {}
+    for name, entry in table.items():
+        found |= _leaves(entry, f"{prefix}{name}.") if isinstance(entry, dict) else {prefix + name: entry}
+    return found
 
 
 def _tensors(particles: Particles, prompt: int) -> dict[str, Tensor]:

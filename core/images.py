@@ -7,7 +7,7 @@ import io
 import itertools
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,16 @@ class ImageSource:
             raise DataError(f"image source {self.name!r} holds no readable image{reason}.")
 
     def fingerprint(self) -> str:
-        """Identifies the source in a cache: file names and sizes of a folder, a sample of tensors otherwise."""
+        """Identifies the source in a cache: file names and sizes of a folder, else number and first images."""
         digest = hashlib.sha256(self.name.encode())
         if isinstance(self.items, list) and self.items and isinstance(self.items[0], Path):
             for path in self.items:
                 digest.update(f"{path.name}:{path.stat().st_size}".encode())
-        else:
-            for image in itertools.islice(self._read_all([]), 4):
-                digest.update((image * 255).round().byte().numpy().tobytes())
+            return digest.hexdigest()[:16]
+        if isinstance(self.items, Sized):
+            digest.update(str(len(self.items)).encode())
+        for image in itertools.islice(self._read_all([]), 16):
+            digest.update((image * 255).round().byte().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

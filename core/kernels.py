@@ -86,7 +86,9 @@ class Sde:
     ``sigma`` ``scale sigma``, ``constant`` ``scale``. ``g = 0`` is :class:`Ode`.
     """
 
-    diffusion: Diffusion = attrs.field(default="square", validator=attrs.validators.in_(("square", "sigma", "constant")))
+    diffusion: Diffusion = attrs.field(
+        default="square", validator=attrs.validators.in_(("square", "sigma", "constant"))
+    )
     scale: float = attrs.field(default=3.0, validator=attrs.validators.ge(0))
 
     def g(self, sigma: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class AlignProblem:
     judge: Judge
     generators: Sequence[torch.Generator]
     batch: int = 64
-    progress: Callable[[float], None] = _ignore
+    progress: Callable[[float], object] = _ignore
 
     @property
     def backbone(self) -> Backbone:
@@ -221,8 +221,11 @@ class AlignProblem:
         return Particles(latents.cpu(), equal, rewards, ancestry, images)
 
 
-def _ticker(progress: Callable[[float], None], share: float) -> Callable[[int, Tensor, Prediction], None]:
-    return lambda step, latents, prediction: progress(share)
+def _ticker(progress: Callable[[float], object], share: float) -> Callable[[int, Tensor, Prediction], None]:
+    def tick(step: int, latents: Tensor, prediction: Prediction) -> None:
+        progress(share)
+
+    return tick
 
 
 class Aligner(Protocol):

@@ -61,7 +61,7 @@ class Prediction:
         """``dz / dsigma`` along the probability-flow ODE."""
         return spread(self.path.alpha_slope(self.sigma), self.z0) * self.z0 + self.eps
 
-    def index(self, rows: Tensor) -> Prediction:
+    def index(self, rows: Tensor | slice) -> Prediction:
         """The chosen samples."""
         return attrs.evolve(
             self, latents=self.latents[rows], sigma=self.sigma[rows], z0=self.z0[rows], eps=self.eps[rows]

@@ -127,8 +127,10 @@ def ranking_curve(ranking: Mapping[str, Any], path: Path) -> None:
                 continue
             colour, marker = _LINES[name]
             errors = [error or 0.0 for error in ranking["stderr"][name]]
-            look = {"color": colour, "marker": marker, "capsize": 3, "label": ESTIMATORS[name]}
-            axes.errorbar(ranking["sigma"], ranking[name], yerr=errors, **look)
+            label = ESTIMATORS[name]
+            axes.errorbar(
+                ranking["sigma"], ranking[name], yerr=errors, color=colour, marker=marker, capsize=3, label=label
+            )
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.set_ylim(min(-0.1, axes.get_ylim()[0]), 1.05)
         title = "How well each value foresees which seed of a prompt will end best"

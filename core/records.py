@@ -66,7 +66,10 @@ def _aliases() -> tuple[str, ...]:
 
 @attrs.frozen
 class Source:
-    """Where a record came from: the distribution, its version, and the entry point or file inside it."""
+    """Where a record came from: the distribution, its version, and the entry point or file inside it.
+
+    Every record's ``source`` is filled in by the registry; a plugin leaves it alone.
+    """
 
     distribution: str
     version: str
@@ -75,10 +78,6 @@ class Source:
 
     def __str__(self) -> str:
         return f"{self.distribution} {self.version} ({self.origin})".replace("  ", " ")
-
-
-_STAMP: dict[str, Any] = {"default": None, "eq": False, "repr": False}
-"""Of every record's ``source``: filled in by the registry, left alone by a plugin."""
 
 
 @attrs.frozen(kw_only=True)
@@ -98,7 +97,7 @@ class Family:
     install: str = ""
     capabilities: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     description: str = ""
-    source: Source | None = attrs.field(**_STAMP)
+    source: Source | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -123,7 +122,7 @@ class BackboneRecord:
     twin: dict[str, Any] = attrs.field(factory=dict)
     description: str = ""
     aliases: tuple[str, ...] = _aliases()
-    source: Source | None = attrs.field(**_STAMP)
+    source: Source | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -142,7 +141,7 @@ class RewardRecord:
     twin: dict[str, Any] = attrs.field(factory=dict)
     description: str = ""
     aliases: tuple[str, ...] = _aliases()
-    source: Source | None = attrs.field(**_STAMP)
+    source: Source | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -155,7 +154,7 @@ class AlignerRecord:
     requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     install: str = ""
     description: str = ""
-    source: Source | None = attrs.field(**_STAMP)
+    source: Source | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -165,7 +164,7 @@ class DatasetRecord:
     name: str = _name()
     load: str = _load()
     description: str = ""
-    source: Source | None = attrs.field(**_STAMP)
+    source: Source | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -175,7 +174,7 @@ class Hint:
     name: str = _name()
     kind: Kind = attrs.field(validator=attrs.validators.in_(("backbone", "reward", "aligner", "dataset")))
     install: str = attrs.field(validator=attrs.validators.min_len(1))
-    source: Source | None = attrs.field(**_STAMP)
+    source: Source | None = attrs.field(default=None, eq=False, repr=False)
 
 
 Record = BackboneRecord | RewardRecord | AlignerRecord | DatasetRecord

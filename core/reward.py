@@ -89,7 +89,7 @@ class Reward(Sliced):
         Raises :class:`ConfigError` when a condition is missing or surplus.
         """
         if self.condition_kind == "nothing":
-            if prompts is not None:
+            if prompts is not None and not (isinstance(prompts, Condition) and not prompts.tensors):
                 raise ConfigError(f"{type(self).__name__} scores images alone; leave the condition out.")
             return Condition()
         if prompts is None:

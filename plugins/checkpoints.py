@@ -1,4 +1,4 @@
-"""Reading safetensors checkpoints strictly, shared by the built-in families: the right tensors, all of them, or one error."""
+"""Reading safetensors checkpoints strictly, for the built-in families: the right tensors, all of them, or one error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shards(folder: Path, stem: str, prefixes: tuple[str, ...] | None = None) -> list[Path]:
-    """The files of ``stem.safetensors`` in ``folder`` that hold tensors below ``prefixes`` (all when None), as its index says."""
+    """The files of ``stem.safetensors`` in ``folder`` that hold tensors below ``prefixes`` (all when None)."""
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return [folder / f"{stem}.safetensors"]
@@ -73,7 +73,8 @@ def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], origin: Path | 
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = [f"{n}: {list(found[n])}, expected {list(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
+    differ = [name for name in wanted if name in found and found[name] != wanted[name]]
+    wrong = [f"{name}: {list(found[name])}, expected {list(wanted[name])}" for name in differ]
     problems = [
         _sample("missing", [name for name in wanted if name not in found]),
         _sample("unexpected", [name for name in found if name not in wanted]),
@@ -87,7 +88,7 @@ def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], origin: Path | 
     net.load_state_dict(dict(tensors), strict=True, assign=True)
     hollow = [name for name, buffer in net.named_buffers() if buffer.is_meta]
     if hollow:
-        raise WeightsError(f"{origin} has no values for {_sample('buffers', hollow)}, and {type(net).__name__} needs them.")
+        raise WeightsError(f"{origin} does not fill {_sample('buffers', hollow)} that {type(net).__name__} computes.")
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

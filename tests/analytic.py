@@ -19,16 +19,22 @@ from stitchvm.core import (
     Condition,
     ConfigError,
     FlowPath,
+    Head,
     Kernel,
     NoisyLatent,
     Prediction,
     Prompted,
     Reward,
     RewardOutput,
+    StitchedValue,
+    Tail,
     as_sigma,
     count,
+    name_of,
     spread,
 )
+from stitchvm.core.layer import StitchingLayer
+from stitchvm.core.value import Branch
 
 CONTRAST = 20.0
 """Latent units across an image's [0, 1]: wide enough that no sample is ever clamped."""
@@ -141,7 +147,7 @@ class GaussianBackbone(Backbone):
         return self.net.stem.mean + shift + self.net.stem.deviation * noise
 
     def marginal(self, kernel: Kernel, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance per channel ``[C]`` of what ``kernel`` samples in these very steps, their error included."""
+        """Mean and variance per channel ``[C]`` of what ``kernel`` samples in these very steps, errors included."""
         side = self.native_resolution
         probes = torch.stack([level.expand(self.latent_channels, side, side) for level in torch.tensor([0.0, 1.0])])
         mean, variance = torch.zeros(self.latent_channels), torch.ones(self.latent_channels)
@@ -194,7 +200,9 @@ class MomentReward(Reward):
 
     def exit(self, state: Tensor) -> RewardOutput:
         embedding = state[:, 1:].mean(1)
-        return RewardOutput(state, embedding, self.net.score(embedding)[:, 0])
+        # Row by row: a matrix product rounds a single row in another way than many.
+        score = (embedding * self.net.score.weight[0]).sum(1) + self.net.score.bias[0]
+        return RewardOutput(state, embedding, score)
 
     def grid(self, state: Tensor) -> Tensor:
         return state[:, 1:].transpose(1, 2).unflatten(2, (self.grid_size, self.grid_size))
@@ -216,7 +224,7 @@ class MomentReward(Reward):
         assert output.score is not None
         return output.score
 
-    # -- closed forms ---------------------------------------------------------------------------------------------
+    # -- closed forms
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """``first`` and ``second`` ``[C, 1, 1]`` and the constant."""
@@ -256,9 +264,7 @@ class QuadraticReward(MomentReward):
     """``-scale |z0 - centre|^2``, averaged over positions: Tweedie is too high by ``scale C Var[z0 | z_t]``."""
 
     def __init__(self, centre: float = 0.6, scale: float = 1.0, side: int = 2, channels: int = 3) -> None:
-        super().__init__(
-            [2 * scale * centre] * channels, [-scale] * channels, -scale * channels * centre**2, side=side
-        )
+        super().__init__([2 * scale * centre] * channels, [-scale] * channels, -scale * channels * centre**2, side=side)
 
 
 @attrs.frozen(eq=False)
@@ -274,3 +280,16 @@ class ExactValue:
     ) -> Tensor:
         self.seen.append(len(latents))
         return self.reward.expectation(*self.backbone.posterior(latents, sigma))
+
+
+def exact_stitched(backbone: GaussianBackbone, reward: MomentReward) -> StitchedValue:
+    """A stitched value model whose linear layer is the exact map: ``z <- E[z0]``, ``z^2 <- E[z0]^2 + Var[z0]``."""
+    c = backbone.latent_channels
+    weight = torch.zeros(2 * c, 4 * c + 2)
+    weight[:c, c : 2 * c] = weight[c:, 3 * c : 4 * c] = torch.eye(c)
+    weight[c:, -1] = 1
+    layer = StitchingLayer(4 * c + 2, 2 * c, reward.grid_size)
+    layer.load_map(weight, torch.zeros(2 * c))
+    branch = Branch(layer, Tail(reward, 1, torch.zeros(1, 2 * c)))
+    name = name_of(reward)
+    return StitchedValue(Head(backbone, 2), {name: branch}, backbone.null_condition(), rewards={name: reward})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
 from stitchvm.core import BackboneRecord, Condition, NoisyLatent, RewardRecord
 from stitchvm.plugins.backbones.mmdit import MMDiTBackbone
 from stitchvm.plugins.rewards.clip import ClipReward

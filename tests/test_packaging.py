@@ -46,8 +46,19 @@ def test_every_package_folder_is_listed():
 def test_package_data_exists():
     for package, files in SETUPTOOLS["package-data"].items():
         folder = ROOT / SETUPTOOLS["package-dir"][package]
-        for file in files:
-            assert (folder / file).is_file(), f"{package}: {file}"
+        for pattern in files:
+            assert list(folder.glob(pattern)), f"{package}: {pattern}"
+
+
+def test_every_file_that_is_no_module_is_package_data():
+    shipped = {
+        path
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / SETUPTOOLS["package-dir"][package]).glob(pattern)
+    }
+    files = {path for top in ("core", "plugins") for path in (ROOT / top).rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} <= shipped
 
 
 def test_no_module_lies_beside_the_mapped_root():
@@ -65,6 +76,11 @@ def test_entry_points_are_installed_and_import():
     assert installed == PROJECT["project"]["entry-points"]["stitchvm"]
     for target in installed.values():
         assert import_module(target).__doc__
+
+
+def test_ci_runs_the_readme_s_test_command():
+    (line,) = (line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("TEST_COMMAND="))
+    assert line.partition("=")[2].strip('"') in (ROOT / "README.md").read_text()
 
 
 def test_versions_agree():

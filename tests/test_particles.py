@@ -1,12 +1,14 @@
-"""Particles against closed forms: unbiased resampling, carried weights, and FK steering that samples the tilted distribution."""
+"""Particles against closed forms: unbiased resampling, carried weights, the tilted distribution."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import attrs
 import pytest
 import torch
-from analytic import ExactValue, GaussianBackbone, LinearReward, MomentReward, QuadraticReward
 
+from analytic import ExactValue, GaussianBackbone, LinearReward, MomentReward, QuadraticReward
 from stitchvm.core import (
     RESAMPLERS,
     Aligner,
@@ -111,12 +113,18 @@ def test_systematic_keeps_equal_particles():
     assert ancestors.tolist() == list(range(6))
 
 
+@pytest.mark.parametrize("name", RESAMPLERS)
+def test_a_particle_of_weight_zero_is_never_drawn_not_even_by_a_draw_of_zero(name, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.zeros(size, dtype=torch.float64))
+    assert 0 not in RESAMPLERS[name](torch.tensor([0.0, 0.5, 0.5]), torch.Generator()).tolist()
+
+
 def test_effective_sample_size():
     logs = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -1e4, -1e4, -1e4], [5000.0, 5000.0, -1e4, -1e4]])
     assert torch.allclose(effective_sample_size(logs), torch.tensor([4.0, 1.0, 2.0], dtype=torch.float64))
 
 
-# -- FK steering: the target --------------------------------------------------------------------------------------------
+# -- FK steering: the target
 
 
 @attrs.frozen(eq=False)
@@ -128,7 +136,7 @@ class EndPoint:
 
     def __call__(self, latents, sigma, context, prediction=None):
         step = int((self.sigmas - sigma[0]).abs().argmin())
-        for level, following in zip(self.sigmas[step:-1], self.sigmas[step + 1 :], strict=True):
+        for level, following in pairwise(self.sigmas[step:]):
             latents = Ode()(context.denoiser(latents, level), following.expand(len(latents))).mean
         return self.reward.expectation(latents, 0.0)
 
@@ -175,7 +183,7 @@ def chain_slopes(backbone, kernel, sigmas):
     side, rest = backbone.native_resolution, (torch.ones(3), torch.zeros(3), torch.zeros(3))
     found = [rest]
     probes = torch.stack([level.expand(3, side, side) for level in torch.tensor([0.0, 1.0])])
-    for sigma, following in reversed(list(zip(sigmas[:-1], sigmas[1:], strict=True))):
+    for sigma, following in reversed(list(pairwise(sigmas))):
         step = kernel(backbone.denoise(probes, sigma, backbone.null_condition()), following.expand(2))
         offset, slope = step.mean[0, :, 0, 0], (step.mean[1] - step.mean[0])[:, 0, 0]
         a, b, variance = rest
@@ -205,13 +213,15 @@ def test_the_error_falls_with_the_square_root_of_the_particles():
     backbone, reward = GaussianBackbone(side=1), LinearReward(side=1)
     spreads = []
     for particles in (16, 64, 256):
-        found = fk(strength=1.0).run(problem(backbone, reward, Tweedie(reward), prompts=80, particles=particles, steps=8))
+        found = fk(strength=1.0).run(
+            problem(backbone, reward, Tweedie(reward), prompts=80, particles=particles, steps=8)
+        )
         spreads.append(weighted_moments(found)[0].std(0).mean())
-    for coarse, fine in zip(spreads[:-1], spreads[1:], strict=True):
+    for coarse, fine in pairwise(spreads):
         assert 1.6 < coarse / fine < 2.4
 
 
-# -- FK steering: the bookkeeping ---------------------------------------------------------------------------------------
+# -- FK steering: the bookkeeping
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
@@ -295,7 +305,7 @@ def test_the_best_proposal_is_kept_and_its_value_reused():
         fk(proposals=m, strength=0.0).run(problem(backbone, reward, value, prompts=300, particles=1)).rewards[:, 0]
         for m in (1, 2, 6)
     ]
-    for fewer, many in zip(more[:-1], more[1:], strict=True):
+    for fewer, many in pairwise(more):
         gain = many - fewer
         assert gain.mean() > 4 * gain.std() / 300**0.5
 
@@ -345,7 +355,7 @@ def test_tweedie_at_a_resampling_step_costs_no_denoiser_pass(guidance_scale):
     assert cost.passes["decoder"] == cost.passes["reward"] == (looks + 1) * 8
 
 
-# -- settings -----------------------------------------------------------------------------------------------------------
+# -- settings
 
 
 def test_windows_are_the_papers():

@@ -1,15 +1,16 @@
-"""What every family must hold: the cuts add up to the upstream model, bit for bit, and a part owns only what it runs."""
+"""What every family must hold: cuts add up to the upstream model, bit for bit, and a part owns only what it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import families
 import pytest
 import torch
+
+import families
 from stitchvm import core
-from stitchvm.core import LATENT, Head, SliceError, Sliced
+from stitchvm.core import LATENT, Head, Sliced, SliceError
 
 
 def _mmdit(**settings: Any) -> tuple[Sliced, Any, Any, Any]:
@@ -204,13 +205,12 @@ def test_every_built_in_model_has_its_geometry_tested():
     assert {r.name for r in records if r.source is not None and r.source.level == "built-in"} == set(PUBLISHED)
 
 
-def test_twins_are_small_and_equal_for_equal_seeds():
+def test_twins_are_small_and_the_same_every_time():
     registry = core.registry()
     for name in PUBLISHED:
         record = registry.backbone(name) if name in registry.backbones else registry.reward(name)
         state = torch.random.get_rng_state()
-        first, same, other = (core.build_twin(record, seed).state_dict() for seed in (0, 0, 1))
+        first, same = (core.build_twin(record).state_dict() for _ in range(2))
         assert torch.equal(state, torch.random.get_rng_state())
         assert sum(t.numel() for t in first.values()) < 200_000
         assert all(torch.equal(first[n], same[n]) for n in first)
-        assert not all(torch.equal(first[n], other[n]) for n in first)

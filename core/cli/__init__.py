@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "search": "search",
     "stitch": "stitch",
     "evaluate": "evaluate",
+    "align": "align",
     "quickstart": "quickstart",
     "doctor": "doctor",
 }

@@ -49,9 +49,9 @@ def command(
         report, show = _compare(folders, data), _print_runs
     else:
         if len(folders) > 1:
-            raise ConfigError("give one value model, or only folders that 'stitchvm align' wrote (they hold align.json).")
+            raise ConfigError("give one value model, or only folders that 'stitchvm align' wrote (with an align.json).")
         if data is None:
-            raise ConfigError("a value model is measured on captioned images; name a dataset of 'stitchvm list' with --data.")
+            raise ConfigError("a value model is measured on captioned images; give one of 'stitchvm list' as --data.")
         job = _Job.load(folders[0], data, vae, backbone, levels(sigmas, "--sigmas"), seed)
         report, show = {"retrieval": job.retrieval(count)}, _print_value
         if ranking:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..images import ImageSource
 
 BackboneName = Annotated[str, typer.Argument(metavar="BACKBONE", help="A backbone of 'stitchvm list'.")]
 RewardName = Annotated[str, typer.Argument(metavar="REWARD", help="A reward of 'stitchvm list'.")]
@@ -31,6 +34,12 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     if not found:
         raise ConfigError(f"{option} is {text!r}, which holds no number; write for example 2,4-8.")
     return tuple(dict.fromkeys(found))
+
+
+def warn_skipped(source: ImageSource) -> None:
+    """Say on standard error which images could not be read."""
+    for line in source.skipped:
+        typer.echo(f"skipped: {line}", err=True)
 
 
 def levels(text: str, option: str) -> tuple[float, ...]:

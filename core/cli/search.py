@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BackboneName, Blocks, Cuts, Images, RewardName, numbers
+from .options import BackboneName, Blocks, Cuts, Images, RewardName, numbers, warn_skipped
 from .output import Json, print_json, print_table
 
 _SHOWN = 10
@@ -32,10 +32,12 @@ def command(
     from ..searching import search
 
     folder = None if out is None else make_folder(out)
+    source = open_images(images, probes)
     result = search(
-        backbone, reward, images=open_images(images, probes), probes=probes, criterion=criterion,  # type: ignore[arg-type]
+        backbone, reward, images=source, probes=probes, criterion=criterion,  # type: ignore[arg-type]
         cuts=None if cuts is None else numbers(cuts, "--cuts"), blocks=numbers(blocks, "--blocks"), seed=seed,
     )  # fmt: skip
+    warn_skipped(source)
     report = result.report()
     if folder is not None:
         result.save(folder / "search.json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, Blocks, Cuts, Images, RewardName, numbers
+from .options import BackboneName, Blocks, Cuts, Images, RewardName, numbers, warn_skipped
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -55,11 +55,13 @@ def command(
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "generated": generated, "seed": seed
     }  # fmt: skip
     settings = read_recipe(recipe, {key: value for key, value in given.items() if value is not None})
+    source = open_images(images, count)
     asked = None if prompts is None else open_prompts(prompts, samples)
     value = stitch(
-        backbone, reward, images=open_images(images, count), out=out, prompts=asked, recipe=settings, count=count,
+        backbone, reward, images=source, out=out, prompts=asked, recipe=settings, count=count,
         samples=samples, probes=probes, criterion=criterion, seed=settings.seed, **_where(interface, vae, cuts, blocks),
     )  # fmt: skip
+    warn_skipped(source)
     report = _report(value, out)
     if as_json:
         print_json(report)

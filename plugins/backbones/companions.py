@@ -1,4 +1,4 @@
-"""What a diffusers pipeline has beside its denoiser: the VAE, the scheduler's settings and the text side, on first use."""
+"""What a diffusers pipeline has beside its denoiser, opened on first use: VAE, scheduler settings, text side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class TextSide(Protocol):
 
 @attrs.define(eq=False)
 class Companions:
-    """The VAE is opened when first used and kept in float32: it is small, and half precision shows in latents and rewards."""
+    """The VAE, the scheduler's settings and the text side.
+
+    A VAE opened from files stays in float32: it is small, and half precision shows in latents and rewards.
+    """
 
     vae_config: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
@@ -72,8 +75,8 @@ class Companions:
     def sigmas(self, steps: int, image_tokens: int) -> Tensor:
         """``[steps + 1]`` falling noise levels ending in 0, float32, as the pipeline's scheduler would use them.
 
-        ``image_tokens`` sets the shift of a scheduler with dynamic shifting. Raises :class:`ConfigError` for fewer than one
-        step or a scheduler whose levels do not fall from at most 1 to 0.
+        ``image_tokens`` sets the shift of a scheduler with dynamic shifting. Raises :class:`ConfigError` for fewer than
+        one step or a scheduler whose levels do not fall from at most 1 to 0.
         """
         if steps < 1:
             raise ConfigError(f"sampling needs at least 1 step, got {steps}.")
@@ -82,8 +85,8 @@ class Companions:
         sigmas: Tensor = scheduler.sigmas.float()
         if sigmas[0] > 1 or sigmas[-1] != 0 or bool((sigmas.diff() >= 0).any()):
             raise ConfigError(
-                f"the scheduler's noise levels run from {sigmas[0]:g} to {sigmas[-1]:g}; expected a fall from at most 1 to 0 "
-                "(invert_sigmas is not supported)."
+                f"the scheduler's noise levels run from {sigmas[0]:g} to {sigmas[-1]:g}; "
+                "expected a fall from at most 1 to 0 (invert_sigmas is not supported)."
             )
         return sigmas
 
@@ -101,8 +104,8 @@ class Companions:
 class HashedText:
     """Text conditioning for a network with random weights, which no trained text encoder fits.
 
-    Every word becomes a standard normal vector seeded by its hash, so that equal prompts agree, different prompts differ
-    and nothing is downloaded. It means nothing; it is what twins are run with.
+    Every word becomes a standard normal vector seeded by its hash, so that equal prompts agree, different prompts
+    differ and nothing is downloaded. It means nothing; it is what twins are run with.
     """
 
     tokens: int

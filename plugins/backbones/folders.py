@@ -46,13 +46,11 @@ def random_vae(config: Mapping[str, Any], seed: int) -> AutoencoderKL:
         return AutoencoderKL(**config).requires_grad_(False).eval()
 
 
-def load_part(
-    fetch: Fetch, part: nn.Module, name: str, *, prefixes: tuple[str, ...] | None = None, **to: Any
-) -> None:
-    """Read the tensors of the pipeline's part ``name`` (only those below ``prefixes``) into ``part``, on the device and in the
-    dtype of ``to``.
+def load_part(fetch: Fetch, part: nn.Module, name: str, *, prefixes: tuple[str, ...] | None = None, **to: Any) -> None:
+    """Read the pipeline's part ``name`` (only the tensors below ``prefixes``) into ``part``.
 
-    Raises :class:`WeightsError` unless they are exactly the tensors that ``part`` has.
+    ``to`` takes the ``dtype`` and ``device`` they are wanted in. Raises :class:`WeightsError` unless they are exactly
+    the tensors that ``part`` has.
     """
     folder = fetch("*.json") / name
     files = shards(folder, WEIGHTS, prefixes)
@@ -68,9 +66,13 @@ def read_config(folder: Path, kind: type, expected: Mapping[str, Any]) -> dict[s
     file = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
     config = read_json(file)
     if config.get("_class_name") != kind.__name__:
-        raise WeightsError(f"{file} describes a {config.get('_class_name')}, expected a {kind.__name__}; choose another model.")
+        raise WeightsError(
+            f"{file} describes a {config.get('_class_name')}, expected a {kind.__name__}; choose another model."
+        )
     if conflict := differing(expected, config):
-        raise WeightsError(f"{file} is of another architecture than the registry's: {conflict}. Correct the name or the path.")
+        raise WeightsError(
+            f"{file} is of another architecture than the registry's: {conflict}. Correct the name or the path."
+        )
     return config
 
 
@@ -93,7 +95,7 @@ def open_sd3_text(fetch: Fetch, joint_attention_dim: int, dtype: torch.dtype) ->
     left_out = dict.fromkeys(("transformer", "vae", *absent))
     try:
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder, **left_out, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            folder, **left_out, dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"the text encoders in {folder} cannot be read: {error}") from error

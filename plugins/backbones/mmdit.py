@@ -34,9 +34,9 @@ _CLIP_TOKENS = 77
 
 @attrs.frozen(eq=False)
 class MMDiTState:
-    """Between two blocks: ``image [B, rows * columns, C]`` and ``context [B, T, C]`` tokens, ``temb [B, C]`` of time and text.
+    """Between two blocks: ``image [B, rows * columns, C]`` and ``context [B, T, C]`` tokens, ``temb [B, C]``.
 
-    The last block drops the context, which is then None.
+    ``temb`` embeds time and pooled text. The last block drops the context, which is then None.
     """
 
     image: Tensor
@@ -161,7 +161,7 @@ class MMDiTBackbone(Backbone):
 
         Raises :class:`ConfigError` for an empty list or a bare string.
         """
-        if isinstance(prompts, str) or not prompts:
+        if not isinstance(prompts, list) or not prompts:
             raise ConfigError(f"encode_prompts takes a list of at least one prompt, got {prompts!r}.")
         return Condition(self.companions.text(list(prompts), self.device))
 
@@ -179,9 +179,10 @@ class MMDiTBackbone(Backbone):
 
     @classmethod
     def build(cls, architecture: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Self:
-        """A backbone with random weights drawn from torch's generator, or without any on the meta device; prompts are hashed words.
+        """A frozen backbone with random weights from torch's generator, or without any on the meta device.
 
-        ``architecture``: see :class:`MMDiTArchitecture`. Raises :class:`ConfigError` when it has an unknown or missing setting.
+        ``architecture``: see :class:`MMDiTArchitecture`. Its text side is :class:`HashedText`. Raises
+        :class:`ConfigError` for an unknown or missing setting.
         """
         try:
             settings = MMDiTArchitecture(**architecture)
@@ -213,9 +214,9 @@ class MMDiTBackbone(Backbone):
     ) -> Self:
         """The backbone of a diffusers folder or hub repository, frozen, in ``dtype`` (the record's when None).
 
-        With a ``cut`` only the head up to that block is read from disk (the stem for ``LATENT``). VAE and text encoders are
-        fetched and read when they are first used. Raises :class:`WeightsError` for a checkpoint that is missing, gated,
-        incomplete, truncated or of another architecture than the record's.
+        With a ``cut`` only the head up to that block is read from disk (the stem for ``LATENT``). VAE and text encoders
+        are fetched and read when they are first used. Raises :class:`WeightsError` for a checkpoint that is missing,
+        gated, incomplete, truncated or of another architecture than the record's.
         """
         fetch, expected = fetcher(record, token, local_files_only), record.architecture
         root, precision = fetch("*.json"), dtype or getattr(torch, record.dtype)
@@ -247,8 +248,8 @@ class MMDiTBackbone(Backbone):
     def from_pipeline(cls, pipeline: Any, *, max_sequence_length: int = 256) -> Self:
         """The backbone of a loaded ``StableDiffusion3Pipeline``, sharing its modules and leaving them as they are.
 
-        ``max_sequence_length`` is the T5 token count that ``pipeline`` is called with. Raises :class:`WeightsError` for another
-        kind of pipeline, or one without its VAE.
+        ``max_sequence_length`` is the T5 token count that ``pipeline`` is called with. Raises :class:`WeightsError` for
+        another kind of pipeline, or one without its VAE.
         """
         net, vae = getattr(pipeline, "transformer", None), getattr(pipeline, "vae", None)
         if not isinstance(net, SD3Transformer2DModel) or not isinstance(vae, AutoencoderKL):

@@ -54,9 +54,10 @@ class TextTower:
 
 
 class ClipReward(Reward):
-    """A :class:`Reward` over open_clip's ``VisionTransformer``; its score is the cosine similarity with the prompt, [-1, 1].
+    """A :class:`Reward` over open_clip's ``VisionTransformer``; its score is the cosine similarity with the prompt.
 
-    The state is the tokens ``[B, 1 + grid_size^2, C]``, CLS first. ``companions`` is the :class:`TextTower`.
+    The score lies in [-1, 1]. The state is the tokens ``[B, 1 + grid_size^2, C]``, CLS first. ``companions`` is the
+    :class:`TextTower`.
     """
 
     net: VisionTransformer
@@ -66,13 +67,14 @@ class ClipReward(Reward):
     condition_kind = "prompts"
 
     def __init__(self, visual: nn.Module, preprocessing: Preprocessing, text: TextTower | None = None) -> None:
-        super().__init__(_supported(visual))
+        tower = _supported(visual)
+        super().__init__(tower)
         self.companions = text
-        self.image_size = visual.image_size[0]
-        self.grid_size = visual.grid_size[0]
+        self.image_size = tower.image_size[0]
+        self.grid_size = tower.grid_size[0]
         self._preprocessing = preprocessing
-        self._layers = len(visual.transformer.resblocks)
-        self._batch_first = visual.transformer.batch_first
+        self._layers = len(tower.transformer.resblocks)
+        self._batch_first = tower.transformer.batch_first
 
     # -- slicing ------------------------------------------------------------------------------------------------------
 
@@ -142,9 +144,9 @@ class ClipReward(Reward):
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """``{"text": [B, D]}``: L2-normalised text embeddings, without gradient.
 
-        Raises :class:`ConfigError` for an empty list or a bare string, and for a tail, which has left its text tower behind.
+        Raises :class:`ConfigError` for an empty list or a bare string, and for a tail, which has no text tower.
         """
-        if isinstance(prompts, str) or not prompts:
+        if not isinstance(prompts, list) or not prompts:
             raise ConfigError(f"encode_prompts takes a list of at least one prompt, got {prompts!r}.")
         if self.companions is None:
             raise ConfigError("this part of a CLIP has no text tower; encode the prompts with the whole reward.")
@@ -159,10 +161,11 @@ class ClipReward(Reward):
 
     @classmethod
     def build(cls, architecture: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Self:
-        """A CLIP with random weights drawn from torch's generator, or without any on the meta device.
+        """A frozen CLIP with random weights from torch's generator, or without any on the meta device.
 
-        ``architecture`` is an open_clip model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg``, ``quick_gelu``, ...)
-        with an optional ``preprocess_cfg``. Raises :class:`ConfigError` when it has an unknown or missing setting.
+        ``architecture`` is an open_clip model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg``,
+        ``quick_gelu``, ...) with an optional ``preprocess_cfg``. Raises :class:`ConfigError` for an unknown or missing
+        setting and :class:`SliceError` for a tower that is not a plain vision transformer.
         """
         with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
             model = _make_model(architecture)
@@ -180,8 +183,9 @@ class ClipReward(Reward):
     ) -> Self:
         """The CLIP of a folder or hub repository in open_clip's layout, or of one checkpoint file; frozen.
 
-        Without an ``open_clip_config.json`` beside the weights the architecture is the record's. Raises :class:`WeightsError`
-        for weights that are missing, truncated, or of another architecture, activation (quickgelu) or image size than the record's.
+        Without an ``open_clip_config.json`` beside the weights the architecture is the record's. Raises
+        :class:`WeightsError` for weights that are missing, truncated, or of another architecture, activation
+        (quickgelu) or image size than the record's.
         """
         fetch = partial(resolve_source, record, token=token, local_files_only=local_files_only)
         names = (record.filename,) if record.filename else _WEIGHT_FILES
@@ -195,7 +199,7 @@ class ClipReward(Reward):
         return cls._assemble(model, architecture, folder)
 
     @classmethod
-    def _assemble(cls, model: nn.Module, architecture: Mapping[str, Any], folder: Path | None) -> Self:
+    def _assemble(cls, model: Any, architecture: Mapping[str, Any], folder: Path | None) -> Self:
         model.requires_grad_(False).eval()
         text = copy.copy(model)  # shares the tensors, without the image tower
         text._modules = {name: child for name, child in model._modules.items() if name != "visual"}
@@ -218,12 +222,14 @@ def _supported(visual: nn.Module) -> VisionTransformer:
     return visual
 
 
-def _make_model(architecture: Mapping[str, Any]) -> nn.Module:
+def _make_model(architecture: Mapping[str, Any]) -> Any:
     """An open_clip model with random weights on the default device."""
     settings = {name: value for name, value in architecture.items() if name not in ("preprocess_cfg", "custom_text")}
     try:
         if CLIPTextCfg(**settings["text_cfg"]).hf_model_name:
-            raise ConfigError("ClipReward builds open_clip's own text towers, not one from transformers (hf_model_name).")
+            raise ConfigError(
+                "ClipReward builds open_clip's own text towers, not one from transformers (hf_model_name)."
+            )
         kind = open_clip.CustomTextCLIP if architecture.get("custom_text") else open_clip.CLIP
         return kind(**settings)
     except (TypeError, KeyError) as error:
@@ -231,7 +237,7 @@ def _make_model(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def _folder_architecture(folder: Path, record: RewardRecord) -> dict[str, Any]:
-    """The folder's model configuration, or else the record's; :class:`WeightsError` where they contradict each other."""
+    """The folder's model configuration, or else the record's; :class:`WeightsError` where the two disagree."""
     file = folder / CONFIG_FILE
     if not file.is_file() and record.architecture:
         return dict(record.architecture)
@@ -240,7 +246,9 @@ def _folder_architecture(folder: Path, record: RewardRecord) -> dict[str, Any]:
         raise WeightsError(f"{file} has no model_cfg; expected a folder saved in open_clip's layout.")
     architecture = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg", {})}
     if conflict := differing(_stated(record.architecture), _complete(architecture)):
-        raise WeightsError(f"{file} is of another architecture than {record.name!r}: {conflict}. Correct the name or path.")
+        raise WeightsError(
+            f"{file} is of another architecture than {record.name!r}: {conflict}. Correct the name or path."
+        )
     return architecture
 
 
@@ -269,7 +277,7 @@ def _complete(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weight_file(fetch: Callable[..., Path], names: tuple[str, ...]) -> Path:
-    """The checkpoint a record points at, else the first of ``names`` that its folder holds or its hub repository offers."""
+    """The checkpoint a record points at, else the first of ``names`` in its folder or hub repository."""
     for name in names:
         place = fetch(patterns=(name,))
         file = place / name if place.is_dir() else place

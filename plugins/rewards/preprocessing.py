@@ -20,10 +20,10 @@ def _triple(value: Any) -> tuple[float, ...]:
 
 @attrs.frozen(kw_only=True)
 class Preprocessing:
-    """``[B, 3, H, W]`` in [0, 1] to normalised ``[B, 3, size, size]``, float32: antialiased resize, crop or pad, mean and std.
+    """``[B, 3, H, W]`` in [0, 1] to ``[B, 3, size, size]``, float32: antialiased resize, crop or pad, normalise.
 
-    ``resize_mode``: ``shortest`` side to ``size`` and centre crop, ``longest`` side and pad with ``fill_color`` (0 to 255), or
-    ``squash`` both. Within 0.01 of the 0-1 pixel range of the PIL transform, which rounds to 8 bits on the way.
+    ``resize_mode``: ``shortest`` side to ``size`` and centre crop, ``longest`` side and pad with ``fill_color`` (0 to
+    255), or ``squash`` both. Within one level of 255 of the PIL transform, which rounds to 8 bits after each direction.
     """
 
     size: int
@@ -57,10 +57,11 @@ class Preprocessing:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ConfigError(f"images must be [batch, 3, height, width] in [0, 1], got {list(images.shape)}.")
         pixels = images.float()
-        sides = self._sides(*pixels.shape[-2:])
-        if sides != tuple(pixels.shape[-2:]):
-            # Bicubic overshoots; 8-bit images cannot.
-            pixels = F.interpolate(pixels, sides, mode=self.interpolation, antialias=True).clamp(0, 1)
+        height, width = self._sides(*pixels.shape[-2:])
+        # Columns before rows, clamped after each: bicubic overshoots, and PIL's 8-bit images between the passes cannot.
+        for sides in ((pixels.shape[-2], width), (height, width)):
+            if sides != tuple(pixels.shape[-2:]):
+                pixels = F.interpolate(pixels, sides, mode=self.interpolation, antialias=True).clamp(0, 1)
         pixels = _centre(pixels, self.size, self.fill_color / 255)
         mean, std = (torch.tensor(v, device=pixels.device).reshape(3, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std

@@ -4,7 +4,7 @@ from pathlib import Path
 
 #: The folder of the shipped models.
 WEIGHTS = Path(__file__).parent / "weights"
-#: `max_sequence_length` of `StableDiffusion3Pipeline`: no place-holders for the T5 encoder that these models do not have.
+#: `max_sequence_length` of `StableDiffusion3Pipeline`: these models have no T5, so no place-holders for it.
 MAX_SEQUENCE_LENGTH = 0
 #: Timestep shift of the scheduler.
 SCHEDULER_SHIFT = 1.0

@@ -60,7 +60,7 @@ class _Residual(nn.Module):
 
 
 class DetectorNet(nn.Module):
-    """Images [B, 3, 64, 64] in 0 .. 1 to a 16 x 16 map of centres with their attributes, and the background's logits."""
+    """Images [B, 3, 64, 64] in 0 .. 1 to a 16 x 16 map of centres with attributes, and the background's logits."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -115,7 +115,9 @@ class Detector:
     def detect(self, images: Tensor, batch: int = 250) -> list[Detection]:
         """What each of the images [N, 3, 64, 64], float in 0 .. 1, shows."""
         if images.ndim != 4 or images.shape[1:] != (3, 64, 64) or not images.is_floating_point():
-            raise ValueError(f"the detector takes float images [N, 3, 64, 64] in 0 .. 1, not {images.dtype} {list(images.shape)}")
+            raise ValueError(
+                f"the detector takes float images [N, 3, 64, 64] in 0 .. 1, not {images.dtype} {list(images.shape)}"
+            )
         return [detection for part in images.split(batch) for detection in self._detect(part)]
 
     def _detect(self, images: Tensor) -> list[Detection]:
@@ -191,7 +193,10 @@ def compare(seen: Detection, scene: Scene) -> dict[str, float]:
     """Each of `ATTRIBUTES` for one picture and one scene."""
     blanks = [None] * len(scene.things)
     ways = itertools.permutations([*seen.found, *blanks], len(scene.things))
-    best = max((_rate(way, scene) for way in ways), key=lambda rated: (rated["objects"] + rated["relations"], sum(rated.values())))
+    best = max(
+        (_rate(way, scene) for way in ways),
+        key=lambda rated: (rated["objects"] + rated["relations"], sum(rated.values())),
+    )
     result = {
         "count": float(len(seen.found) == len(scene.things)),
         **best,

@@ -135,7 +135,9 @@ def _texture(kind: str, rng: np.random.Generator) -> Array:
         along = (_X * np.float32(np.cos(angle)) + _Y * np.float32(np.sin(angle)) + np.float32(phase[0])) % 8
         ramp = np.clip(np.abs(along - 4) - 2 + 0.5, 0, 1)
         return np.asarray(0.84 + 0.32 * ramp, np.float32)
-    squares = np.sin((_X + np.float32(phase[0])) * np.float32(np.pi / 8)) * np.sin((_Y + np.float32(phase[1])) * np.float32(np.pi / 8))
+    squares = np.sin((_X + np.float32(phase[0])) * np.float32(np.pi / 8)) * np.sin(
+        (_Y + np.float32(phase[1])) * np.float32(np.pi / 8)
+    )
     return np.asarray(1.0 + 0.16 * np.clip(squares * 5, -1, 1), np.float32)
 
 
@@ -169,7 +171,9 @@ def render_placed(scene: Scene, spot: Placement, rng: np.random.Generator) -> ND
     light = np.array([np.cos(angle), np.sin(angle)], np.float32)
     ground = np.array(BACKGROUND_RGB[scene.background], np.float32) + rng.normal(0, 0.015, 3).astype(np.float32)
     lamp = 1 + np.float32(0.05 / 32) * ((_X - 31.5) * light[0] + (_Y - 31.5) * light[1])
-    canvas = ground[:, None, None] * (_texture(scene.texture, rng) * lamp * (1 + np.float32(0.03) * _smooth_noise(rng, 9)))
+    canvas = ground[:, None, None] * (
+        _texture(scene.texture, rng) * lamp * (1 + np.float32(0.03) * _smooth_noise(rng, 9))
+    )
     canvas = _shade(canvas, scene, spot, light, rng)
     canvas = canvas + rng.standard_normal((3, SIZE, SIZE), np.float32) * np.float32(0.010)
     return np.asarray(np.clip(canvas * 255 + 0.5, 0, 255), np.uint8)

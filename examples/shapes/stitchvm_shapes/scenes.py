@@ -147,7 +147,9 @@ def _change_once(scene: Scene, rng: np.random.Generator) -> Scene:
     k = int(rng.integers(len(things)))
     if kind == "swap":
         # The two keep their places but exchange one attribute: the words stay the same, only the binding changes.
-        a, b = list(itertools.combinations(range(len(things)), 2))[int(rng.integers(len(things) * (len(things) - 1) // 2))]
+        a, b = list(itertools.combinations(range(len(things)), 2))[
+            int(rng.integers(len(things) * (len(things) - 1) // 2))
+        ]
         name = ("size", "colour", "shape")[int(rng.integers(3))]
         x, y = getattr(things[a], name), getattr(things[b], name)
         things[a], things[b] = attrs.evolve(things[a], **{name: y}), attrs.evolve(things[b], **{name: x})

@@ -53,7 +53,8 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path):
 
 def test_killed_equals_never_killed_bit_for_bit(tmp_path):
     script = (
-        "import sys, pathlib, time; sys.path.insert(0, sys.argv[1]); import test_loop as t; toy = t.Toy(); inner = toy.loss;\n"
+        "import sys, pathlib, time; sys.path.insert(0, sys.argv[1])\n"
+        "import test_loop as t; toy = t.Toy(); inner = toy.loss\n"
         "def slow(step, generator): time.sleep(0.02); return inner(step, generator)\n"
         "toy.loss = slow; t.Loop(toy, t.settings(pathlib.Path(sys.argv[2]), 0.0)).run()"
     )

@@ -27,7 +27,12 @@ def test_about_a_tenth_of_all_captions_is_held_out():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a red circle on a plain gray background", "a large red circle", "a large red circle left of on a plain gray background"],
+    [
+        "",
+        "a red circle on a plain gray background",
+        "a large red circle",
+        "a large red circle left of on a plain gray background",
+    ],
 )
 def test_other_sentences_are_refused(text):
     with pytest.raises(ValueError, match="not a caption"):

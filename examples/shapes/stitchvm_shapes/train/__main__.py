@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("shapes-weights"), help="folder for the finished models")
     parser.add_argument("--work", type=Path, default=Path("shapes-train"), help="folder for scenes and checkpoints")
     parser.add_argument("--only", type=_stages, default=list(STAGES), help=f"some of {','.join(STAGES)}")
-    parser.add_argument("--minutes-scale", type=float, default=1.0, help="train this many times as long as the shipped models")
+    parser.add_argument(
+        "--minutes-scale", type=float, default=1.0, help="train this many times as long as the shipped models"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
     parser.add_argument("--export", action="store_true", help="only export the unfinished flow model and measure")

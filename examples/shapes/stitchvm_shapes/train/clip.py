@@ -83,7 +83,9 @@ class ClipTask:
         self.modules: dict[str, nn.Module] = {"clip": self.model}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices, others = split_parameters([self.model], lambda name: "embedding" in name or "conv1" in name or name.endswith("text_projection"))
+        matrices, others = split_parameters(
+            [self.model], lambda name: "embedding" in name or "conv1" in name or name.endswith("text_projection")
+        )
         return [
             Muon(matrices, RATE),
             torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
@@ -104,16 +106,18 @@ class ClipTask:
 
 def tokenise(tokenizer: Any, captions: list[str]) -> Tensor:
     """Token ids int64 [B, 24]."""
-    ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    ids: Tensor = tokenizer(
+        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
     return ids
 
 
 @torch.no_grad()
 def embed(model: nn.Module, tokenizer: Any, pictures: Pictures, batch: int = 250) -> tuple[Tensor, Tensor]:
     """Unit image and text embeddings [N, 128] of pictures and their captions."""
-    images = [model.encode_image(normalise(as_float(part)), normalize=True) for part in pictures.images.split(batch)]  # type: ignore[operator]
+    images = [model.encode_image(normalise(as_float(part)), normalize=True) for part in pictures.images.split(batch)]
     ids = tokenise(tokenizer, pictures.captions)
-    texts = [model.encode_text(part, normalize=True) for part in ids.split(batch)]  # type: ignore[operator]
+    texts = [model.encode_text(part, normalize=True) for part in ids.split(batch)]
     return torch.cat(images), torch.cat(texts)
 
 

@@ -23,7 +23,9 @@ RATE = 3e-3
 _CELLS = SIZE // STRIDE
 
 
-def _targets(scenes: list[Scene], centres: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]) -> dict[str, Tensor]:
+def _targets(
+    scenes: list[Scene], centres: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]
+) -> dict[str, Tensor]:
     """Maps of soft centres [B, 16, 16], and flat lists of each object's cell, offset and attributes."""
     axis = torch.arange(_CELLS) + 0.5
     heat = torch.zeros(len(scenes), _CELLS, _CELLS)
@@ -89,7 +91,10 @@ class DetectorTask:
 
 
 def evaluate(detector: Detector, vae: AutoencoderKL | None = None, count: int = 1000) -> dict[str, float]:
-    """Held-out accuracy: true captions accepted, captions with one attribute changed rejected; also after the autoencoder."""
+    """Held-out accuracy: true captions accepted, captions with one attribute changed rejected.
+
+    With `vae`, also how many true captions are still accepted after encoding and decoding.
+    """
     pictures = held_out(count)
     images = as_float(pictures.images)
     rng = np.random.default_rng(5)

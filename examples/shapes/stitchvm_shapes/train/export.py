@@ -48,7 +48,9 @@ def export_mmdit(vae: AutoencoderKL, modules: dict[str, nn.Module], folder: Path
     """A diffusers `StableDiffusion3Pipeline` folder."""
     partial = _partial(folder)
     half = {name: copy.deepcopy(module).half() for name, module in modules.items()}
-    pipe = mmdit.pipeline(copy.deepcopy(vae).half(), half["transformer"], [half["text_encoder_0"], half["text_encoder_1"]])
+    pipe = mmdit.pipeline(
+        copy.deepcopy(vae).half(), half["transformer"], [half["text_encoder_0"], half["text_encoder_1"]]
+    )
     pipe.save_pretrained(partial)
     replace_folder(folder, partial)
 
@@ -57,7 +59,10 @@ def export_clip(model: nn.Module, folder: Path) -> None:
     """A folder for `open_clip.create_model_from_pretrained("local-dir:...")`."""
     partial = _partial(folder)
     save_file(_state(model), partial / "open_clip_model.safetensors")
-    settings = {"model_cfg": clip.config(), "preprocess_cfg": {"mean": clip.MEAN, "std": clip.STD, "interpolation": "bicubic"}}
+    settings = {
+        "model_cfg": clip.config(),
+        "preprocess_cfg": {"mean": clip.MEAN, "std": clip.STD, "interpolation": "bicubic"},
+    }
     (partial / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     build_tokenizer().save_pretrained(partial)
     replace_folder(folder, partial)

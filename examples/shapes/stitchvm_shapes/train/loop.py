@@ -1,4 +1,4 @@
-"""The one training loop of all models here: resumable after a kill, bit for bit, with a moving average of the weights."""
+"""The one training loop of all models here: resumable after a kill, bit for bit, with averaged weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Task(Protocol):
     def optimizers(self) -> list[torch.optim.Optimizer]: ...
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """The scalar loss of batch `step` and numbers to log; every random draw comes from `generator` or torch's seed."""
+        """The scalar loss of batch `step` and numbers to log; random draws come from `generator` or torch's seed."""
         ...
 
 
@@ -144,8 +144,10 @@ class Loop:
         loss, numbers = self.task.loss(step, generator)
         value = float(loss.detach())
         if not torch.isfinite(loss.detach()):
-            raise NonFiniteLossError(f"{self.settings.name}: loss is {value} at step {step}; the last checkpoint is kept")
-        loss.backward()  # type: ignore[no-untyped-call]
+            raise NonFiniteLossError(
+                f"{self.settings.name}: loss is {value} at step {step}; the last checkpoint is kept"
+            )
+        loss.backward()
         parameters = [p for _, p in _named(self.task.modules) if p.grad is not None]
         nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         for optimizer in self.optimizers:

@@ -1,6 +1,7 @@
 """Muon in float32: momentum whose matrices are orthogonalised, for the hidden layers (Jordan et al., 2024).
 
-torch.optim.Muon orthogonalises in bfloat16, which ordinary processors emulate slowly; matrices of one shape are done in one batch here.
+torch.optim.Muon orthogonalises in bfloat16, which ordinary processors emulate slowly. Here matrices of one shape are
+done in one batch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Learning rate and weight decay mean what they do for AdamW: updates are scaled to the same root mean square."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @overload
@@ -68,9 +71,12 @@ class Muon(torch.optim.Optimizer):
             parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
 
-def split_parameters(modules: Iterable[nn.Module], exclude: Callable[[str], bool]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_parameters(
+    modules: Iterable[nn.Module], exclude: Callable[[str], bool]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The hidden matrices, for Muon, and all other parameters, for AdamW."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             (matrices if parameter.ndim in (2, 4) and not exclude(name) else others).append(parameter)

@@ -1,4 +1,4 @@
-"""The trainings in the order in which they need each other: vae, clip, detector, mmdit; each resumes where it stopped."""
+"""The trainings in the order in which they need each other; each resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .loop import Loop, Schedule, Settings, Task, averaged, write_atomically
 from .tokens import build_tokenizer
 
 #: Optimiser steps of each model at scale 1.
-STEPS = {"vae": 2000, "clip": 1000, "detector": 700, "mmdit": 3000}
+STEPS = {"vae": 2000, "clip": 1000, "detector": 500, "mmdit": 1500}
 #: Scenes whose latents the flow model is trained on.
 LATENTS = 40_000
 _SHARD = 2000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 from transformers import CLIPTokenizer
@@ -27,7 +28,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
     pieces: list[Word] = [(*word[:-1], word[-1] + "</w>") for word in words]
     merges = []
     while any(len(piece) > 1 for piece in pieces):
-        pairs = Counter(pair for piece in pieces for pair in zip(piece, piece[1:], strict=False))
+        pairs = Counter(pair for piece in pieces for pair in itertools.pairwise(piece))
         pair = max(sorted(pairs), key=lambda p: pairs[p])
         merges.append(pair)
         pieces = [_join(piece, pair) for piece in pieces]

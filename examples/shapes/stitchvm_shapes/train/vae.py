@@ -94,7 +94,9 @@ def calibrate(vae: AutoencoderKL, images: Tensor) -> None:
     """Set scaling and shift so that the scaled latents of `images` have mean 0 and deviation 1."""
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     latents = encode(vae, images)
-    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5), shift_factor=round(float(latents.mean()), 5))
+    vae.register_to_config(
+        scaling_factor=round(1 / float(latents.std()), 5), shift_factor=round(float(latents.mean()), 5)
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,96 @@
+"""``stitchvm align``: sample prompts with a method that seeks a high reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .options import BackboneName
+from .output import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..alignment_result import AlignResult
+
+
+def command(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="A method of 'stitchvm list': sample, fk-steering ..")
+    ],
+    backbone: BackboneName,
+    prompts: Annotated[
+        str, typer.Option(metavar="SRC", help="A text file, one prompt a line, or a dataset (held out).")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where pictures and align.json go; a rerun continues there.")
+    ],
+    value: Annotated[str | None, typer.Option(metavar="DIR", help="The value model that steers.")] = None,
+    estimator: Annotated[str | None, typer.Option(help="Instead of a value model: tweedie, with --reward.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Picks the best sample (default: the value model's own).")] = None,
+    count: Annotated[int | None, typer.Option(help="How many prompts (default: the whole file).")] = None,
+    particles: Annotated[int | None, typer.Option(help="Samples a prompt (default: the method's).")] = None,
+    proposals: Annotated[int, typer.Option(help="Draws a particle and step, where the method takes some.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of all noise; runs of one seed can be compared in pairs.")] = 0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 28,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0,
+    resolution: Annotated[int | None, typer.Option(help="Pixels (default: the backbone's own).")] = None,
+    batch: Annotated[int, typer.Option(help="Samples in memory at a time; changes nothing else.")] = 64,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sample prompts with a method that seeks a high reward; steer by a value model or by Tweedie's estimate."""
+    from ..alignment import align
+    from ..prompts import open_prompts
+
+    if value is not None and estimator is not None:
+        raise ConfigError("--value and --estimator each say what steers; give one of them.")
+    if estimator not in (None, "tweedie"):
+        raise ConfigError(f"unknown estimator {estimator!r}; the one that needs no value model is tweedie.")
+    result = align(
+        method, backbone, value if estimator is None else estimator, open_prompts(prompts, count, split="test"),
+        particles=particles, proposals=proposals, seed=seed, steps=steps, guidance_scale=guidance_scale,
+        resolution=resolution, reward=reward, batch=batch, out=out, **method_settings(settings or ()),
+    )  # fmt: skip
+    if as_json:
+        print_json(result.report())
+    else:
+        _print(result, out)
+
+
+_TAKEN = {"particles", "proposals", "seed", "steps", "guidance_scale", "resolution", "reward", "batch", "out"}
+
+
+def method_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["strength=20", "window=[0.2, 0.8]", "kernel=ode"]`` as settings: JSON where it is some, else a string.
+
+    Raises :class:`ConfigError` for an entry without ``=`` and for what has an option of its own.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"--set is {pair!r}; write KEY=VALUE, such as strength=20.")
+        if key in _TAKEN:
+            raise ConfigError(f"--set {key}: that is an option of its own, --{key.replace('_', '-')}.")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = text
+    return found
+
+
+def _print(result: AlignResult, out: Path) -> None:
+    from ..comparison import mean_stderr
+
+    facts = {
+        "prompts": len(result.prompts), "particles": result.settings["particles"],
+        f"mean {result.settings['reward']['name']}": mean_stderr(result.rewards), **result.cost,
+    }  # fmt: skip
+    rows = [(name.replace("_", " "), str(fact)) for name, fact in facts.items()]
+    print_table((result.settings["method"], str(out)), rows)

@@ -1,0 +1,217 @@
+"""``stitchvm search | stitch | evaluate`` on a toy pair from a registry file, and what they say about mistakes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from families import write_clip, write_pipeline
+from results import summary
+from stitchvm.core import ConfigError, StitchedValue, cli, registry
+from stitchvm.core.cli.options import levels, numbers
+from stitchvm.core.cli.stitch import read_recipe
+
+DATASET = """
+import torch
+from stitchvm.core.datasets import Captioned
+
+class Noise:
+    def captioned(self, split, count, seed=0):
+        draw = torch.Generator().manual_seed(seed + (split == "test") * 100)
+        images = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=draw)
+        return Captioned(images, self.prompts(split, count, seed))
+
+    def prompts(self, split, count, seed=0):
+        return [f"{split} {chr(97 + n % 26)} {chr(97 + n // 26)}" for n in range(count)]
+
+    def fulfilled(self, images, prompts):
+        return images.mean((1, 2, 3)) > 0.5
+"""
+PLACES = """
+[backbones.tiny-sd3]
+family = "mmdit"
+path = "pipeline"
+resolution = 16
+architecture = { max_sequence_length = 3 }
+[rewards.tiny-clip]
+family = "clip"
+path = "clip"
+[datasets.noise]
+load = "noise_data:Noise"
+"""
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("networks")
+    write_pipeline(folder / "pipeline")
+    write_clip(folder / "clip")
+    (folder / "names.toml").write_text(PLACES)
+    return folder
+
+
+@pytest.fixture
+def run(networks, install, monkeypatch, capsys, fresh_registry):
+    """``run("search", ...) -> (exit code, output, last line of errors)``."""
+    install("noise-data", {"noise_data": DATASET})
+    registry().add(networks / "names.toml")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stitchvm", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, (captured.err.splitlines() or [""])[-1]
+
+    return call
+
+
+PAIR = ("tiny-sd3", "tiny-clip", "--images", "noise")
+SHORT = ("--steps", "2", "--batch-size", "4", "--probes", "8", "--blocks", "1-2", "--cuts", "1,3")
+
+
+def test_search_writes_and_prints_the_grid(run, tmp_path):
+    code, out, err = run("search", *PAIR, "--probes", 8, "--blocks", "1-2", "--out", tmp_path, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert len(report["grid"]) == 8 and report["probes"] == 8
+    assert json.loads((tmp_path / "search.json").read_text()) == report
+    assert (tmp_path / "interface.png").stat().st_size > 1000
+    code, out, _ = run("search", *PAIR, "--probes", 8, "--cuts", "2-3", "--blocks", "1", "--criterion", "mse")
+    assert code == 0
+    assert "cut i" in out and "Best on 8 images: after backbone block" in out
+
+
+def test_stitch_evaluate_align_and_compare(run, tmp_path):
+    value = tmp_path / "value"
+    code, out, err = run(
+        "stitch", *PAIR, "--out", value, *SHORT, "--count", 8, "--generated", 0.5, "--samples", 4, "--prompts", "noise",
+        "--learning-rate", 1e-4, "--seed", 5, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["recipe"]["steps"] == 2 and report["recipe"]["seed"] == 5 and report["interface"]["i"] in (1, 3)
+    assert StitchedValue.from_pretrained(value).interface().i == report["interface"]["i"]
+
+    baseline = tmp_path / "vae"
+    code, out, err = run("stitch", *PAIR, "--out", baseline, "--vae", *SHORT[:8], "--count", 8)
+    assert code == 0, err
+    assert "at the latent itself" in out
+
+    code, out, err = run(
+        "evaluate", value, "--data", "noise", "--count", 12, "--sigmas", "0.1,0.5", "--vae", baseline, "--ranking",
+        "--prompts", 2, "--seeds", 3, "--steps", 2, "--out", tmp_path / "report", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert json.loads((tmp_path / "report" / "evaluation.json").read_text()) == found
+    assert found["retrieval"]["sigma"] == [0.1, 0.5] and len(found["retrieval"]["vae"]) == 2
+    assert set(found["ranking"]["cost"]) == {"stitched", "tweedie"}
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"recall.png", "ranking.png"}
+
+    for name, method in (("plain", ("sample",)), ("best", ("best-of-n",))):
+        code, _, err = run(
+            "align", *method, "tiny-sd3", "--prompts", "noise", "--count", 3, "--steps", 2, "--reward", "tiny-clip",
+            "--out", tmp_path / name,
+        )  # fmt: skip
+        assert code == 0, err
+    code, out, err = run("evaluate", tmp_path / "plain", tmp_path / "best", "--data", "noise", "--json")
+    assert code == 0, err
+    plain, best = json.loads(out)["runs"]
+    assert best["gain"]["mean"] >= 0 and best["gain"]["mean"] == pytest.approx(
+        best["reward"]["mean"] - plain["reward"]["mean"], abs=1e-6
+    )
+    code, out, _ = run("evaluate", tmp_path / "plain", tmp_path / "best")
+    assert code == 0 and "best-of-n" in out and "±" in out
+
+
+def test_skipped_images_are_named(run, tmp_path):
+    from PIL import Image
+
+    for number in range(5):
+        Image.new("RGB", (16, 16), (number * 50, 90, 10)).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_text("words")
+    code, _, err = run("search", "tiny-sd3", "tiny-clip", "--images", tmp_path, "--cuts", "1", "--blocks", "1")
+    assert code == 0
+    assert err.startswith(f"skipped: {tmp_path / 'bad.png'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", "tiny-sd", "tiny-clip", "--images", "noise"), "Did you mean 'tiny-sd3'"),
+        (("search", *PAIR, "--cuts", "9"), "9"),
+        (("search", *PAIR, "--cuts", "one"), "--cuts is 'one'"),
+        (("search", *PAIR, "--criterion", "best"), "unknown search criterion 'best'"),
+        (("stitch", *PAIR, "--out", "OUT", "--recipe", "papre"), "unknown recipe 'papre'"),
+        (("stitch", *PAIR, "--out", "OUT", "--recipe", "none.toml"), "none.toml"),
+        (("stitch", *PAIR, "--out", "OUT", "--steps", "0"), "steps"),
+        (("stitch", *PAIR, "--out", "OUT", "--generated", "2"), "generated"),
+        (("stitch", *PAIR, "--out", "OUT", "--interface", "4"), "write backbone cut and reward block"),
+        (("stitch", *PAIR, "--out", "OUT", "--interface", "1,1", "--vae"), "give one of them"),
+        (("evaluate", "OUT", "--data", "noise"), "neither a value model"),
+        (("evaluate", "OUT"), "--data"),
+        (("evaluate", "OUT", "OUT"), "align.json"),
+        (("evaluate", "OUT", "--data", "noise", "--sigmas", "2"), "noise levels lie from 0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):
+    out = str(tmp_path / "out")
+    code, printed, err = run(*(out if argument == "OUT" else argument for argument in arguments))
+    assert code == 2
+    assert err.startswith("error: ") and message in err
+    assert not printed
+
+
+def test_quickstart_prints_the_result_and_where_the_report_is(run, monkeypatch, tmp_path):
+    from stitchvm.core import quickstart
+
+    asked = []
+
+    def job(out, **options):
+        asked.append((out, options))
+        return summary()
+
+    monkeypatch.setattr(quickstart, "quickstart", job)
+    code, out, _ = run("quickstart", "--out", tmp_path, "--fast", "--seed", 3)
+    assert code == 0
+    assert asked == [(tmp_path, {"fast": True, "seed": 3, "progress": True})]
+    for words in ("FK, stitched", "0.261 ± 0.005", "89%", "raises the reward by 0.030", str(tmp_path / "report.html")):
+        assert words in out.replace("\n", " "), words
+    code, out, _ = run("quickstart", "--out", tmp_path, "--json")
+    assert json.loads(out) == summary()
+
+
+def test_every_option_is_documented(run):
+    for name in ("search", "stitch", "evaluate", "quickstart"):
+        code, out, _ = run(name, "--help")
+        assert code == 0
+        assert "--json" in out and "--seed" in out
+
+
+def test_lists_of_numbers():
+    assert numbers("2,4-6,4", "--cuts") == (2, 4, 5, 6)
+    assert levels("0,0.5,1", "--sigmas") == (0, 0.5, 1)
+    for wrong in ("", "a", "3-1", "1;2"):
+        with pytest.raises(ConfigError, match="--cuts"):
+            numbers(wrong, "--cuts")
+
+
+def test_a_recipe_file_is_strict(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('steps = 7\nnoise = "uniform"\n')
+    assert read_recipe(str(file), {"seed": 3}).steps == 7
+    assert read_recipe("quick", {"steps": 5}).steps == 5
+    for text, message in (
+        ("stepz = 7", "unknown key 'stepz', did you mean 'steps'"),
+        ('steps = "7"', "expected a whole number"),
+        ('noise = "pink"', "noise"),
+        ("steps = ", "not valid TOML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_recipe(str(file), {})
