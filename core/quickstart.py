@@ -55,9 +55,9 @@ class Scale:
     sampling_steps: int = 28
 
 
-NORMAL = Scale(images=6144, samples=768, probes=200, steps=400)
+NORMAL = Scale(images=3072, samples=256, probes=200, steps=250, ranked_prompts=12, sampling_steps=20)
 FAST = Scale(
-    images=1536, samples=128, probes=64, steps=60, prompts=8, ranked_prompts=4, ranked_seeds=4, sampling_steps=14
+    images=512, samples=32, probes=48, steps=30, prompts=8, ranked_prompts=3, ranked_seeds=4, sampling_steps=12
 )
 
 FK_STITCHED = {"proposals": 2, "strength": 60.0, "proposal_window": (0.1, 0.4)}

@@ -13,7 +13,7 @@ from .finetune import FinetuneSettings
 RECIPES: dict[str, FinetuneSettings] = {
     "paper": FinetuneSettings(),
     "quick": FinetuneSettings(
-        steps=400, batch_size=48, learning_rate=3e-4, layer_multiplier=3.0, warmup_steps=20, schedule="cosine",
+        steps=250, batch_size=32, learning_rate=3e-4, layer_multiplier=3.0, warmup_steps=20, schedule="cosine",
         generated=0.25,
     ),
     "full": FinetuneSettings(

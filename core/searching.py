@@ -128,7 +128,7 @@ def search(
         backbone.check_cut(cut)
     for j in blocks:
         reward.check_cut(j - 1, lowest=0)
-    stream = ProbeStream(backbone, reward, open_images(images), cuts, probes, resolution, batch, seed, progress)
+    stream = ProbeStream(backbone, reward, open_images(images, probes), cuts, probes, resolution, batch, seed, progress)
     maps, prefixes = _fit(stream, blocks)
     result = SearchResult(
         name_of(backbone), name_of(reward), criterion, blocks, closed_form_losses(maps, blocks), maps, prefixes,

@@ -85,7 +85,7 @@ def stitch(
                 progress=progress, **settings,
             )  # fmt: skip
     work = make_folder(work if work is not None else folder / "work")  # type: ignore[operator]
-    backbone, reward, source = load_backbone(backbone), load_reward(reward), open_images(images)
+    backbone, reward, source = load_backbone(backbone), load_reward(reward), open_images(images, chosen.count)
     with CostMeter() as cost:
         result = searched or run_search(backbone, reward, source, chosen, progress)
         interface = Interface(*chosen.interface) if chosen.interface else result.best

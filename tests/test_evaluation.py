@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from analytic import GaussianBackbone, LinearReward
 
+from analytic import GaussianBackbone, LinearReward
 from stitchvm import core
 from stitchvm.core.evaluation import Recall, Retrieval, noisy_embeddings, recall_at_one, retrieval
 from stitchvm.core.stitching import initial_value
@@ -21,7 +21,7 @@ def value() -> core.StitchedValue:
 def test_recall_counts_each_direction() -> None:
     images = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
-    # image 0 -> text 0 right, image 1 -> text 0 wrong, image 2 -> text 1 wrong; text 0 right, 1 -> image 2 wrong, 2 right
+    # image to text: 0 right, 1 and 2 wrong; text to image: 0 and 2 right, 1 wrong
     recall = recall_at_one(images, texts, ["a", "b", "c"])
     assert recall.image_to_text == pytest.approx(1 / 3) and recall.text_to_image == pytest.approx(2 / 3)
     assert recall.mean == pytest.approx(0.5)

@@ -23,7 +23,9 @@ def pictures() -> Pictures:
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusion3Pipeline:
-    pipe = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / "shapes-mmdit", torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        WEIGHTS / "shapes-mmdit", dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

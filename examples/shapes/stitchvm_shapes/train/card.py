@@ -90,9 +90,10 @@ Weights are float16 safetensors under Apache-2.0. The training data is drawn by 
 pictures are in it.
 
 - `vae/`: diffusers `AutoencoderKL`, latents 8 x 16 x 16, shifted and scaled to mean 0 and deviation 1.
-- `shapes-mmdit/`: diffusers `StableDiffusion3Pipeline` (`SD3Transformer2DModel`, two CLIP text encoders, no T5). Call
-  it with `max_sequence_length={MAX_SEQUENCE_LENGTH}`: it was trained without place-holder tokens for T5. Scheduler shift
-  {SCHEDULER_SHIFT}; recommended guidance scale {GUIDANCE}, {STEPS} Euler steps, 64 x 64 pixels. Flow matching on
+- `shapes-mmdit/`: diffusers `StableDiffusion3Pipeline` (`SD3Transformer2DModel`, two CLIP text encoders, no T5). Load
+  it with `dtype=torch.float32, text_encoder_3=None, tokenizer_3=None` and call it with
+  `max_sequence_length={MAX_SEQUENCE_LENGTH}`: it was trained without place-holder tokens for T5. Scheduler
+  shift {SCHEDULER_SHIFT}; recommended guidance scale {GUIDANCE}, {STEPS} Euler steps, 64 x 64 pixels. Flow matching on
   {LATENTS:,} scenes, with the empty prompt in one case of ten.
 - `shapes-clip/`: open_clip model, `open_clip.create_model_from_pretrained("local-dir:...")`.
 - `detector.safetensors`: says whether a picture fulfils a caption (`stitchvm_shapes.detector.Detector`).

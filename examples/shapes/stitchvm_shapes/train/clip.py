@@ -113,7 +113,7 @@ def tokenise(tokenizer: Any, captions: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def embed(model: nn.Module, tokenizer: Any, pictures: Pictures, batch: int = 250) -> tuple[Tensor, Tensor]:
+def embed(model: Any, tokenizer: Any, pictures: Pictures, batch: int = 250) -> tuple[Tensor, Tensor]:
     """Unit image and text embeddings [N, 128] of pictures and their captions."""
     images = [model.encode_image(normalise(as_float(part)), normalize=True) for part in pictures.images.split(batch)]
     ids = tokenise(tokenizer, pictures.captions)
@@ -134,4 +134,4 @@ def recall(images: Tensor, texts: Tensor) -> dict[str, float]:
 def load(folder: Path) -> nn.Module:
     """The exported model, float32, in evaluation mode."""
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}", precision="fp32")
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()

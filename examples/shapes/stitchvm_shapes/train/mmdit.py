@@ -152,7 +152,9 @@ def pipeline(vae: AutoencoderKL, transformer: SD3Transformer2DModel, encoders: l
 
 def load(folder: Path) -> StableDiffusion3Pipeline:
     """The exported pipeline, float32."""
-    pipe: StableDiffusion3Pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe: StableDiffusion3Pipeline = StableDiffusion3Pipeline.from_pretrained(
+        folder, dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
