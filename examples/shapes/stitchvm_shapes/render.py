@@ -150,7 +150,8 @@ def _shade(canvas: Array, scene: Scene, spot: Placement, light: Array, rng: np.r
         x, y = dx * cos + dy * sin, dy * cos - dx * sin
         distance = signed_distance(thing.shape, x, y, float(radius))
         shifted = np.roll(distance, (int(np.rint(-1.6 * light[1])), int(np.rint(-1.6 * light[0]))), (0, 1))
-        canvas = canvas * (1 - np.float32(0.35) * np.clip(np.float32(0.5) - shifted / np.float32(3), 0, 1)).astype(np.float32)
+        shadow: Array = np.clip(0.5 - shifted / 3, 0, 1).astype(np.float32)
+        canvas = canvas * (1 - np.float32(0.35) * shadow)
         colour = np.array(COLOUR_RGB[thing.colour], np.float32) + rng.normal(0, 0.02, 3).astype(np.float32)
         lit = 1 + np.float32(0.16) * (dx * light[0] + dy * light[1]) / radius
         rim = 1 - 0.22 * np.clip(1 + distance / 2.5, 0, 1)
