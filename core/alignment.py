@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .alignment_result import AlignResult, PartStore
@@ -20,7 +20,7 @@ from .errors import ConfigError
 from .estimators import Estimator, Prompted, Stitched, Tweedie, clean_reward
 from .loading import load_aligner, load_backbone, load_reward, name_of
 from .particles import Aligner, AlignProblem, initial_noise, step_generators
-from .provenance import model_identity
+from .provenance import model_identity, weights_digest
 from .reward import Reward
 from .sampling import Denoiser
 from .structuring import plain, structure
@@ -126,8 +126,8 @@ class _Job:
         digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()[:16]
         settings = {
             "method": self.name, "method_settings": plain(self.method), "estimator": _identity(self.estimator),
-            "backbone": {**model_identity(self.backbone), "weights": _digest(self.backbone.net)},
-            "reward": {**model_identity(self.reward), "weights": _digest(self.reward.net)},
+            "backbone": {**model_identity(self.backbone), "weights": weights_digest(self.backbone.net)},
+            "reward": {**model_identity(self.reward), "weights": weights_digest(self.reward.net)},
             "particles": self.particles, "seed": self.seed, "steps": self.steps,
             "guidance_scale": float(self.guidance_scale), "resolution": self.resolution, "prompts": digest,
         }  # fmt: skip
@@ -236,12 +236,4 @@ def _identity(estimator: Estimator | None) -> Any:
         return None if estimator is None else type(estimator).__name__
     value = estimator.value
     cuts = attrs.asdict(value.interface())
-    return {"name": "Stitched", "rewards": list(value.names), **cuts, "weights": _digest(value.branches)}
-
-
-def _digest(module: nn.Module) -> str:
-    """Tells a network from a retrained one of the same name, by the first entries of every tensor."""
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.flatten()[:64].cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return {"name": "Stitched", "rewards": list(value.names), **cuts, "weights": weights_digest(value.branches)}

@@ -2,13 +2,11 @@
 ``README.md``.
 
 The backbone is not saved. Loading reads only the head's blocks from the backbone's own files, or borrows them from a
-backbone
-already in memory.
+backbone already in memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +19,7 @@ from .errors import ArtefactError
 from .files import make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from .layer import StitchingLayer
 from .loading import load_backbone, load_reward, name_of
-from .provenance import model_identity, versions
+from .provenance import model_identity, versions, weights_digest
 from .reward import Reward, Tail
 from .slicing import Head
 
@@ -46,15 +44,6 @@ class Provenance:
     seed: int = 0
 
 
-def fingerprint(head: Head) -> str:
-    """Identifies a head's weights, whatever their precision: the first entries of every tensor, rounded to bfloat16."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(head.part.net.state_dict().items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten()[:64].cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def config_of(value: StitchedValue) -> dict[str, Any]:
     """The artefact's ``config.json``."""
     backbone = value.head.part
@@ -69,8 +58,8 @@ def config_of(value: StitchedValue) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "library": "stitchvm", "format": FORMAT, "backbone": model_identity(backbone),
-        "latent_channels": backbone.latent_channels, "fingerprint": fingerprint(value.head), "i": value.head.cut,
-        "stitches": rewards, "versions": versions(), **attrs.asdict(value.provenance),
+        "latent_channels": backbone.latent_channels, "fingerprint": weights_digest(value.head.part.net),
+        "i": value.head.cut, "stitches": rewards, "versions": versions(), **attrs.asdict(value.provenance),
     }  # fmt: skip
 
 
@@ -100,8 +89,7 @@ def load(
     """Read an artefact; ``backbone`` (an object or a name) replaces the recorded one.
 
     Raises ``ArtefactError`` for a missing, truncated or foreign artefact, or when the backbone's head is not the one
-    it was stitched to: then
-    ``allow_other_backbone`` accepts any with the same number of latent channels.
+    it was stitched to: then ``allow_other_backbone`` accepts any with the same number of latent channels.
     """
     config = read_json(folder / CONFIG)
     if config.get("library") != "stitchvm" or config.get("format") != FORMAT:
@@ -138,7 +126,7 @@ def _branch(reward: Reward, entry: dict[str, Any]) -> Any:
 
 
 def _check_head(head: Head, backbone: Backbone, config: dict[str, Any], folder: Path, allow_other: bool) -> None:
-    if fingerprint(head) == config["fingerprint"]:
+    if weights_digest(head.part.net) == config["fingerprint"]:
         return
     asked, wanted = name_of(backbone), config["backbone"]["name"]
     if backbone.latent_channels != config["latent_channels"]:

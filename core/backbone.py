@@ -26,10 +26,8 @@ class Backbone(Sliced):
     """A :class:`Sliced` denoiser whose ``x`` is a :class:`NoisyLatent` and whose condition is its prompt embeddings.
 
     A family sets ``path``, ``prediction`` (what the network's output means), ``latent_channels``, ``latent_factor``
-    (image
-    pixels per latent pixel) and ``native_resolution`` (image pixels), and writes what is abstract here and in
-    ``Sliced``. The
-    VAE and the text encoders are loaded on first use, so that a head alone never reads them.
+    (image pixels per latent pixel) and ``native_resolution`` (image pixels), and writes what is abstract here and in
+    ``Sliced``. The VAE and the text encoders are loaded on first use, so that a head alone never reads them.
     """
 
     path: Path

@@ -37,8 +37,7 @@ class Estimator(Protocol):
     """``E[r(z0) | z_t]`` for latents ``[B, C, h, w]`` at ``sigma [B]``: ``[B]``, differentiable in the latents.
 
     ``prediction`` is the denoiser's at exactly these latents and noise level, when the caller already has it; an
-    estimator
-    that needs one computes it otherwise.
+    estimator that needs one computes it otherwise.
     """
 
     def __call__(

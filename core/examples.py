@@ -1,8 +1,7 @@
 """Stage 2's training examples, computed once and kept on disk: clean latents and what the rewards say of them.
 
 A cache is a folder of safetensors shards, each written whole, so that building one can be interrupted and goes on
-where it
-stopped. Latents come from images, from the backbone's own samples, or from a mix of two caches.
+where it stopped. Latents come from images, from the backbone's own samples, or from a mix of two caches.
 """
 
 from __future__ import annotations
@@ -123,8 +122,7 @@ def build_examples(
     """Fill a cache folder, or go on filling it, or just open it.
 
     ``settings`` is everything the content depends on; a folder made with other settings is refused with
-    ``ArtefactError``.
-    A source that runs out before ``count`` gives fewer examples; an empty one raises ``DataError``.
+    ``ArtefactError``. A source that runs out before ``count`` gives fewer examples; an empty one raises ``DataError``.
     """
     folder = make_folder(folder)
     _claim(folder, settings)

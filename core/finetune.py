@@ -1,8 +1,8 @@
 """Stage 2: distil the clean reward into the stitched model on noisy latents (paper, section 3).
 
 Everything random in step ``n`` (rows, noise levels, noise) is drawn from a generator seeded with ``(seed, n)``. A
-checkpoint of
-parameters, optimiser and step number is therefore all that a killed run needs to end in the same weights, bit for bit.
+checkpoint of parameters, optimiser and step number is therefore all that a killed run needs to end in the same
+weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ share: Any = [attrs.validators.ge(0), attrs.validators.le(1)]
 
 @attrs.frozen
 class FinetuneSettings:
-    """The recipe; the defaults are the paper's (CLIP and HPSv2 form of the loss).
+    """The recipe; the defaults are the paper's (CLIP and HPSv2 form of the loss), but for ``steps`` (the paper counts 5
+    epochs), ``clip_norm`` and the exact noise distribution, which it does not give.
 
     ``layer_multiplier`` scales the stitching layer's learning rate; ``schedule`` is what follows the warm-up;
-    ``noise`` the
-    distribution of sigma on [0, 1] (``logit-normal`` is centre-biased); ``generated`` the share of each batch drawn
-    from the
-    backbone's own samples; ``checkpoint_every`` counts steps.
+    ``noise`` the distribution of sigma on [0, 1] (``logit-normal`` is centre-biased); ``generated`` the share of each
+    batch drawn from the backbone's own samples; ``checkpoint_every`` counts steps.
     """
 
     steps: int = attrs.field(default=2000, validator=positive)
@@ -82,9 +81,9 @@ def draw_sigma(kind: str, count: int, generator: torch.Generator) -> Tensor:
 def distillation_loss(output: RewardOutput, target: Mapping[str, Tensor], settings: FinetuneSettings) -> Tensor:
     """Squared l2 between normalised embeddings, plus tokens (mean over tokens, per channel), plus the score's error.
 
-    Only the squared score error has ``E[r(z0) | z_t]`` as its minimiser (paper, L_value); the paper's aesthetic
-    recipe takes Smooth-l1.
-    The token term is divided by the width, so that its weight means the same for narrow and wide towers.
+    Only the squared score error has ``E[r(z0) | z_t]`` as its minimiser (paper, L_value); the paper's aesthetic recipe
+    takes Smooth-l1. The token term is divided by the width, so that its weight means the same for narrow and wide
+    towers.
     """
     embedding = F.normalize(output.embedding.float(), dim=-1) - F.normalize(target["embedding"], dim=-1)
     loss = settings.embedding_weight * embedding.square().sum(-1).mean()
@@ -107,12 +106,11 @@ def finetune(
     """Train a value model's branches in place and return the loss of every step.
 
     ``images`` and ``samples`` are caches of real and generated examples; ``settings.generated`` says how they mix.
-    With a ``checkpoint`` folder
-    the state is saved there every ``checkpoint_every`` steps, and a run that finds one goes on from it.
+    With a ``checkpoint`` folder the state is saved there every ``checkpoint_every`` steps, and a run that finds one
+    goes on from it.
 
     Raises ``ConfigError`` when the mix asks for a cache that is missing, ``ArtefactError`` for another recipe's
-    checkpoint,
-    :class:`NonFiniteError` when the loss is not finite (the last checkpoint stays).
+    checkpoint, :class:`NonFiniteError` when the loss is not finite (the last checkpoint stays).
     """
     sources = _mix(images, samples, settings)
     accelerator = Accelerator(cpu=value.device.type == "cpu", mixed_precision=settings.mixed_precision)

@@ -1,8 +1,7 @@
 """Transition kernels ``p(z_s | z_t)`` with explicit mean and standard deviation.
 
 All keep the path's marginals as the step shrinks and differ only in how much noise they put back, so particle
-potentials,
-proposals, guidance and policy-gradient log-probabilities can share them.
+potentials, proposals, guidance and policy-gradient log-probabilities can share them.
 """
 
 from __future__ import annotations
@@ -81,9 +80,8 @@ class Ancestral:
 class Sde:
     """Reverse SDE by Euler-Maruyama (LinearSDE on the flow path): drift ``-u + g^2 score / 2``, noise ``g sqrt(dt)``.
 
-    ``diffusion`` names ``g(sigma)``: ``square`` ``scale sigma^2`` (scale 3 is the released configuration of Kim et
-    al. 2025),
-    ``sigma`` ``scale sigma``, ``constant`` ``scale``. ``g = 0`` is :class:`Ode`.
+    ``diffusion`` names ``g(sigma)``: ``square`` ``scale sigma^2`` (scale 3 is the released configuration of Kim et al.
+    2025), ``sigma`` ``scale sigma``, ``constant`` ``scale``. ``g = 0`` is :class:`Ode`.
     """
 
     diffusion: Diffusion = attrs.field(

@@ -22,8 +22,7 @@ class StitchingLayer(nn.Module):
     """``s(h) = Up(F(h)) + G(Up(F(h)))``: ``[B, c_in, H, W]`` to ``[B, c_out, side, side]``.
 
     ``F`` is a 1x1 convolution that takes the closed-form map; ``G = conv1x1 . SiLU . conv1x1 . SiLU`` starts at zero
-    because
-    its last convolution does.
+    because its last convolution does.
     """
 
     def __init__(self, c_in: int, c_out: int, side: int) -> None:

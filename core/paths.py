@@ -1,8 +1,8 @@
 """Gaussian noise paths ``z_t = alpha z0 + sigma eps``, on one scale: ``sigma`` in [0, 1], 0 clean, 1 pure noise.
 
 A backbone says which path it lives on and what its network predicts; the path turns that into clean latent, noise,
-velocity
-and score. Flow matching: ``alpha = 1 - sigma`` (paper, notation). Variance preserving: ``alpha = sqrt(1 - sigma^2)``.
+velocity and score. Flow matching: ``alpha = 1 - sigma`` (paper, notation). Variance preserving: ``alpha = sqrt(1 -
+sigma^2)``.
 """
 
 from __future__ import annotations

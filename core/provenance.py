@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PACKAGES = (
     "stitchvm",
@@ -27,6 +31,19 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Tells a network from a retrained one of the same name, whatever its precision: by name, shape and first
+    entries of every tensor, rounded to bfloat16.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:64].cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def model_identity(network: Any) -> dict[str, Any]:

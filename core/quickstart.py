@@ -1,6 +1,6 @@
 """The main job on a small trained pair: search, finetune, evaluate, rank, steer, and a report that shows it all.
 
-Every step keeps its result in ``DIR/work``; a run that was interrupted goes on where it stopped.
+Caches and finetuning are kept in ``DIR/work``: a run that was interrupted repeats search and measurements, not those.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def quickstart(
     """Run the whole job into ``out`` and return what ``quickstart.json`` holds.
 
     Writes the artefact to ``out/value``, the baseline to ``out/vae``, plots, ``quickstart.json`` and ``report.html``.
-    ``fast`` does a smaller
-    finetune and fewer prompts. Raises ``UnknownNameError`` that says what to install when the models are not there.
+    ``fast`` does a smaller finetune and fewer prompts. Raises ``UnknownNameError`` that says what to install when the
+    models are not there.
     """
     folder = make_folder(out)
     clock = Clock()

@@ -1,8 +1,7 @@
 """Named finetune recipes.
 
-``paper`` is the published one, for models of hundreds of millions of parameters; ``quick`` and ``full`` are tuned for
-the small
-embedded world, whose networks are narrow enough for a learning rate thirty times higher.
+``paper`` is the published one, for models of hundreds of millions of parameters; ``quick`` and ``full`` are first
+guesses for the small embedded world, whose networks are narrow enough for a learning rate thirty times higher.
 """
 
 from __future__ import annotations

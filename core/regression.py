@@ -1,8 +1,7 @@
 """Closed-form least squares from streamed sufficient statistics (paper, section 2).
 
 One pass accumulates Gram matrices in float64, centred on the first batch's mean so that large offsets cost no digits.
-Memory
-depends on the numbers of channels only, never on how many samples went by.
+Memory depends on the numbers of channels only, never on how many samples went by.
 """
 
 from __future__ import annotations

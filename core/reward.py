@@ -21,8 +21,7 @@ class RewardOutput:
     """What a reward's tower ends in.
 
     ``tokens [B, N, C]`` after the last norm; ``embedding [B, D]``, not normalised; ``score [B]`` for a reward whose
-    score
-    needs no condition, else None.
+    score needs no condition, else None.
     """
 
     tokens: Tensor
@@ -37,8 +36,7 @@ class Reward(Sliced):
     """A :class:`Sliced` tower whose ``x`` is preprocessed pixels ``[B, 3, S, S]``; its blocks take no condition.
 
     A family sets ``image_size`` (pixels, square), ``grid_size`` (patches along a side), ``prefix_count`` (CLS and
-    register
-    tokens) and ``condition_kind`` (what ``score`` compares with).
+    register tokens) and ``condition_kind`` (what ``score`` compares with).
     """
 
     image_size: int
@@ -59,8 +57,7 @@ class Reward(Sliced):
         """A state from patch features ``[B, C, grid_size, grid_size]`` and prefix tokens ``[prefix_count, C]``.
 
         ``enter(grid(s), prefix(s))`` gives ``s`` back: features at a cut already carry their positions. ``positions``
-        adds
-        the positional embedding once more, which is how the paper's sentence (C.1) can be read.
+        adds the positional embedding once more, which is how the paper's sentence (C.1) can be read.
         """
 
     @abstractmethod
@@ -100,9 +97,8 @@ class Reward(Sliced):
 class Tail(nn.Module):
     """A reward from block ``j`` on, with prefix tokens of its own: ``[B, C, g, g]`` at cut ``j - 1`` to the output.
 
-    The tensors are copies: finetuning a tail leaves the reward it came from alone. ``prefix [prefix_count, C]``
-    starts as the
-    mean of the reward's own prefix tokens at that cut, and is learnable.
+    The tensors are copies: finetuning a tail leaves the reward it came from alone. ``prefix [prefix_count, C]`` starts
+    as the mean of the reward's own prefix tokens at that cut, and is learnable.
     """
 
     def __init__(self, reward: Reward, j: int, prefix: Tensor, *, positions: bool = False) -> None:

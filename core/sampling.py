@@ -71,9 +71,8 @@ def sample(
 ) -> Tensor:
     """Clean latents from ``noise [B, C, h, w]`` along ``sigmas [steps + 1]`` (falling, ending in 0).
 
-    ``callback(step, latents, prediction)`` sees every step before it is taken. ``generator`` (on the CPU) is needed
-    by a
-    kernel with noise. Raises :class:`NonFiniteError` when the latents stop being finite.
+    ``callback(step, latents, prediction)`` sees every step before it is taken. ``generator`` (on the CPU) is needed by
+    a kernel with noise. Raises :class:`NonFiniteError` when the latents stop being finite.
     """
     kernel = kernel or Ode()
     latents = noise

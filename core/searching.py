@@ -1,8 +1,7 @@
 """Stage 1: choose where to cut both networks, from one streamed pass over a probe set (paper, section 2).
 
 For every backbone cut ``i`` and reward block ``j`` the best linear map from the noisy latent's features to the clean
-image's
-is fitted in closed form. Memory depends on channel counts only, not on the number of probe images.
+image's is fitted in closed form. Memory depends on channel counts only, not on the number of probe images.
 """
 
 from __future__ import annotations
@@ -113,8 +112,8 @@ def search(
     (default: the first four).
 
     ``images`` is anything :func:`open_images` takes; the first ``probes`` of them are used, one noise level each,
-    uniform in
-    [0, 1]. A quarter is held out to judge the functional criterion, which follows ``positions`` (see ``Reward.enter``).
+    uniform in [0, 1]. A quarter is held out to judge the functional criterion, which follows ``positions`` (see
+    ``Reward.enter``).
 
     Raises ``ConfigError`` for an unknown criterion, ``SliceError`` for a cut out of range, ``DataError`` for fewer
     than four images.

@@ -1,8 +1,7 @@
 """The one abstraction: a network as stem -> block 1 .. block n -> exit, cut after any block.
 
-Backbones and rewards share :class:`Sliced`; search, finetune, value models and cost accounting know nothing else
-about a
-network. Cut ``k`` means "after block k", cut ``0`` "after the stem" and cut ``LATENT`` (-1) "before the stem": the
+Backbones and rewards share :class:`Sliced`; search, finetune, value models and cost accounting know nothing else about
+a network. Cut ``k`` means "after block k", cut ``0`` "after the stem" and cut ``LATENT`` (-1) "before the stem": the
 input itself, which is what VAE stitching reads.
 """
 
@@ -43,13 +42,11 @@ class FeatureInfo:
 class Sliced(nn.Module, ABC):
     """A network that can be run from any cut to any other.
 
-    A family names its modules (``stem_modules``, ``block_modules`` ordered, ``exit_modules``, ``enter_modules``: dotted
-    paths of modules or parameters inside ``net``) and writes ``stem``, ``block``, ``exit`` and ``grid`` over the
-    upstream
-    modules. Everything else is generic. What belongs to a model without being cut (a VAE, text encoders) hangs on
-    ``companions``, outside the module tree: a head or a tail does not take it along. ``record`` is the registry's
-    entry it
-    was loaded from, or None.
+    A family names its modules (``stem_modules``, ``block_modules`` ordered, ``exit_modules``, ``enter_modules``:
+    dotted paths of modules or parameters inside ``net``) and writes ``stem``, ``block``, ``exit`` and ``grid`` over
+    the upstream modules. Everything else is generic. What belongs to a model without being cut (a VAE, text encoders)
+    hangs on ``companions``, outside the module tree: a head or a tail does not take it along. ``record`` is the
+    registry's entry it was loaded from, or None.
 
     The rule every family is tested for: ``exit(run(stem(x, c), 0, depth))`` equals the upstream ``forward`` and
     ``resume(head(x, c, k), k)`` equals it for every ``k``, bit for bit in float32 on the CPU.

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from . import plots
 from .artefact import Provenance
 from .backbone import Backbone
 from .costs import CostMeter
@@ -31,8 +32,7 @@ class StitchSettings:
     """What :func:`stitch` does beside the recipe.
 
     ``interface`` skips the choice (the map is still fitted); ``cuts`` and ``blocks`` bound the search; ``count`` real
-    images
-    and ``samples`` generated ones feed stage 2; ``resolution`` in image pixels (default the backbone's own).
+    images and ``samples`` generated ones feed stage 2; ``resolution`` in image pixels (default the backbone's own).
     """
 
     interface: tuple[int, int] | None = None
@@ -65,12 +65,9 @@ def stitch(
     """Search every interface, build the best one, finetune it and save it to ``out``.
 
     ``images`` is a folder, a dataset or tensors (:func:`open_images`). ``work`` keeps the search, the caches and the
-    checkpoint, so that an
-    interrupted call goes on where it stopped (default ``out/work``; without either, a temporary folder). ``prompts``
-    are what
-    generated examples are drawn for (default: the null prompt). ``searched`` is the result of an earlier
-    :func:`search`.
-    ``settings`` are the fields of :class:`StitchSettings`.
+    checkpoint, so that an interrupted call goes on where it stopped (default ``out/work``; without either, a temporary
+    folder). ``prompts`` are what generated examples are drawn for (default: the null prompt). ``searched`` is the
+    result of an earlier :func:`search`. ``settings`` are the fields of :class:`StitchSettings`.
 
     Raises ``UnknownNameError``, ``ConfigError``, ``DataError``, ``WeightsError``, ``OutputError``,
     ``NonFiniteError``, each saying what to do.
@@ -105,6 +102,7 @@ def stitch(
     )
     if folder is not None:
         value.save_pretrained(folder)
+        plots.loss_curve(losses, folder / "loss.png")
     return value
 
 

@@ -51,8 +51,7 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
     skill.
 
     The head is frozen and runs under the backbone's null prompt and the true noise level; several rewards share its
-    pass
-    and are summed with ``weights``. The backbone's own text encoders and VAE are not needed.
+    pass and are summed with ``weights``. The backbone's own text encoders and VAE are not needed.
     """
 
     def __init__(
@@ -164,12 +163,10 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         """``[B]``: the weighted sum of the rewards' values, differentiable in ``latents [B, C, h, w]``.
 
         ``condition`` is what the reward compares with: prompts, its ready-made condition (both of one sample or B), a
-        mapping from reward name
-        to condition for several, or None for a reward that needs none.
+        mapping from reward name to condition for several, or None for a reward that needs none.
 
         Raises ``SliceError`` for wrong latents, ``NoiseLevelError`` for a sigma outside [0, 1], ``ConfigError`` for a
-        missing or
-        surplus condition.
+        missing or surplus condition.
         """
         values = []
         for (name, output), weight in zip(self.outputs(latents, sigma).items(), self.weights, strict=True):

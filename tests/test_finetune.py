@@ -58,10 +58,9 @@ def test_the_trained_value_is_the_conditional_expectation(tmp_path: Path, reward
     """At every sigma: root mean square error below 10 % of the reward's standard deviation.
 
     The clean rewards of the 8,192 examples scatter around E[r | z_t], so a fit of the layer's few hundred parameters
-    can be off by about
-    sqrt(300 / 8192) = 19 % of that scatter where it is worst and sees least of it elsewhere; the bound is half of
-    that, and a value that ignores
-    z_t (error 100 %), the posterior variance (quadratic, sigma > 0.5: over 40 %) or the noise level fails it.
+    can be off by about sqrt(300 / 8192) = 19 % of that scatter where it is worst and sees least of it elsewhere; the
+    bound is half of that, and a value that ignores z_t (error 100 %), the posterior variance (quadratic, sigma > 0.5:
+    over 40 %) or the noise level fails it.
     """
     torch.manual_seed(0)
     value = untrained(reward)

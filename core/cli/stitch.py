@@ -100,7 +100,7 @@ def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str) -> d
         return {"interface": (pair[0], pair[-1])}
     entered = {"blocks": numbers(blocks, "--blocks")}
     if vae:
-        return {"cuts": (LATENT,), **entered}
+        return {"cuts": (LATENT,), "blocks": (1,)}
     return {"cuts": None if cuts is None else numbers(cuts, "--cuts"), **entered}
 
 
