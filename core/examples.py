@@ -22,15 +22,29 @@ from .errors import ArtefactError, DataError
 from .files import make_folder, read_json, write_json, write_tensors
 from .images import ImageSource
 from .progress import track
-from .reward import Reward, RewardOutput
+from .reward import Reward
 from .sampling import Denoiser, sample, seeded_noise
 from .seeds import stream_seed
 
 SHARD = 256
 """Examples in a shard: what an interruption can cost."""
 
-Latents = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
-"""``from_example -> batches of (latents [B, C, h, w], images [B, 3, H, W] in [0, 1])``, each at most ``SHARD`` long."""
+
+@attrs.frozen(eq=False)
+class CleanBatch:
+    """``latents [B, C, h, w]``, their ``images [B, 3, H, W]`` in [0, 1], and the prompts they were drawn for (or
+    None)."""
+
+    latents: Tensor
+    images: Tensor
+    prompts: tuple[str, ...] | None = None
+
+
+Latents = Callable[[int], Iterator[CleanBatch]]
+"""``from_example -> batches``, each at most ``SHARD`` long."""
+
+CONDITION = "condition."
+"""Prefix of the columns that hold what a reward's score was compared with."""
 
 
 @attrs.frozen(eq=False)
@@ -68,11 +82,11 @@ def _shard(folder: Path, number: int) -> Path:
 def from_images(backbone: Backbone, source: ImageSource, count: int | None, resolution: int, batch: int) -> Latents:
     """Latents of real images, in the source's order."""
 
-    def produce(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def produce(start: int) -> Iterator[CleanBatch]:
         limit = None if count is None else count - start
         for images in source.batches(resolution, batch, limit=limit, skip=start):
             images = images.to(backbone.device)
-            yield backbone.encode_images(images), images
+            yield CleanBatch(backbone.encode_images(images), images)
 
     return produce
 
@@ -90,20 +104,25 @@ class GenerationSettings:
 def from_samples(
     backbone: Backbone, prompts: Sequence[str], count: int, resolution: int, batch: int, settings: GenerationSettings
 ) -> Latents:
-    """The backbone's own samples; example ``n`` has prompt ``n mod len(prompts)`` and a seed of its own."""
+    """The backbone's own samples; example ``n`` has prompt ``n mod len(prompts)`` and a seed of its own.
+
+    Samples of the null prompt, ``""``, were drawn for nothing that a reward could compare them with.
+    """
     side = resolution // backbone.latent_factor
     sigmas = backbone.sigmas(settings.steps, (side, side))
 
-    def produce(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def produce(start: int) -> Iterator[CleanBatch]:
         null = backbone.null_condition().to(backbone.device)
         for first in range(start, count, batch):
             numbers = range(first, min(first + batch, count))
-            condition = backbone.encode_prompts([prompts[n % len(prompts)] for n in numbers]).to(backbone.device)
+            asked = tuple(prompts[n % len(prompts)] for n in numbers)
+            condition = backbone.encode_prompts(list(asked)).to(backbone.device)
             denoiser = Denoiser(backbone, condition, null, settings.guidance_scale)
             seeds = [stream_seed(settings.seed, n) for n in numbers]
             noise = seeded_noise(seeds, (backbone.latent_channels, side, side), backbone.device)
             latents = sample(denoiser, noise, sigmas)
-            yield latents, backbone.decode_latents(latents).clamp(0, 1)
+            images = backbone.decode_latents(latents).clamp(0, 1)
+            yield CleanBatch(latents, images, asked if all(asked) else None)
 
     return produce
 
@@ -157,13 +176,13 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _shards(batches: Iterator[tuple[Tensor, Tensor]], rewards: Mapping[str, Reward]) -> Iterator[dict[str, Tensor]]:
+def _shards(batches: Iterator[CleanBatch], rewards: Mapping[str, Reward]) -> Iterator[dict[str, Tensor]]:
     """Batches with the rewards' targets, regrouped into shards of ``SHARD``."""
     waiting: dict[str, Tensor] = {}
-    for latents, images in batches:
-        fresh = {"latents": latents.float()}
+    for batch in batches:
+        fresh = {"latents": batch.latents.float()}
         for name, reward in rewards.items():
-            fresh |= _targets(name, reward.judge(images))
+            fresh |= {f"{name}/{key}": target for key, target in _targets(reward, batch).items()}
         waiting = {k: torch.cat([waiting[k], v]) for k, v in fresh.items()} if waiting else fresh
         while len(waiting["latents"]) >= SHARD:
             yield {k: v[:SHARD] for k, v in waiting.items()}
@@ -172,9 +191,17 @@ def _shards(batches: Iterator[tuple[Tensor, Tensor]], rewards: Mapping[str, Rewa
         yield waiting
 
 
-def _targets(name: str, output: RewardOutput) -> dict[str, Tensor]:
-    targets = {f"{name}/embedding": output.embedding.float(), f"{name}/tokens": output.tokens.half()}
-    return targets if output.score is None else {**targets, f"{name}/score": output.score.float()}
+def _targets(reward: Reward, batch: CleanBatch) -> dict[str, Tensor]:
+    """What a value model learns to predict; a score needs no condition or the prompt that the sample was drawn for."""
+    output = reward.judge(batch.images)
+    targets = {"embedding": output.embedding.float(), "tokens": output.tokens.half()}
+    if output.score is not None:
+        targets["score"] = output.score.float()
+    elif reward.condition_kind == "prompts" and batch.prompts is not None:
+        condition = reward.encode_prompts(list(batch.prompts)).to(output.embedding.device)
+        targets["score"] = reward.score(output, condition).float()
+        targets |= {f"{CONDITION}{key}": tensor.float() for key, tensor in condition.tensors.items()}
+    return targets
 
 
 def cache_key(settings: Mapping[str, Any]) -> str:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone
+from .conditions import Condition
 from .errors import ArtefactError, ConfigError, NonFiniteError
-from .examples import Examples
+from .examples import CONDITION, Examples
 from .files import read_metadata, read_tensors, write_tensors
 from .progress import track
-from .reward import RewardOutput
+from .reward import Reward, RewardOutput
 from .seeds import stream_seed
 from .value import Branch, StitchedValue
 
@@ -37,6 +38,7 @@ class FinetuneSettings:
     """The recipe; the defaults are the paper's (CLIP and HPSv2 form of the loss), but for ``steps`` (the paper counts 5
     epochs), ``clip_norm`` and the exact noise distribution, which it does not give.
 
+    ``score_weight`` counts where examples have a score: rewards that need no condition, and samples drawn for a prompt.
     ``layer_multiplier`` scales the stitching layer's learning rate; ``schedule`` is what follows the warm-up;
     ``noise`` the distribution of sigma on [0, 1] (``logit-normal`` is centre-biased); ``generated`` the share of each
     batch drawn from the backbone's own samples; ``checkpoint_every`` counts steps.
@@ -78,20 +80,34 @@ def draw_sigma(kind: str, count: int, generator: torch.Generator) -> Tensor:
     )
 
 
-def distillation_loss(output: RewardOutput, target: Mapping[str, Tensor], settings: FinetuneSettings) -> Tensor:
-    """Squared l2 between normalised embeddings, plus tokens (mean over tokens, per channel), plus the score's error.
+def distillation_loss(
+    output: RewardOutput, target: Mapping[str, Tensor], settings: FinetuneSettings, score: Tensor | None = None
+) -> Tensor:
+    """Squared l2 between normalised embeddings, plus tokens (mean over tokens, per channel), plus the error of
+    ``score [B]``.
 
     Only the squared score error has ``E[r(z0) | z_t]`` as its minimiser (paper, L_value); the paper's aesthetic recipe
     takes Smooth-l1. The token term is divided by the width, so that its weight means the same for narrow and wide
-    towers.
+    towers. ``score`` may cover fewer examples than the rest: those whose target has one (is no NaN), in their order.
     """
     embedding = F.normalize(output.embedding.float(), dim=-1) - F.normalize(target["embedding"], dim=-1)
     loss = settings.embedding_weight * embedding.square().sum(-1).mean()
     loss = loss + settings.token_weight * F.mse_loss(output.tokens.float(), target["tokens"])
-    if output.score is not None:
+    if score is not None:
         error = F.mse_loss if settings.score_loss == "squared" else F.smooth_l1_loss
-        loss = loss + settings.score_weight * error(output.score.float(), target["score"])
+        known = target["score"]
+        loss = loss + settings.score_weight * error(score.float(), known[~known.isnan()])
     return loss
+
+
+def predicted_score(reward: Reward, output: RewardOutput, target: Mapping[str, Tensor]) -> Tensor | None:
+    """The scores of the examples whose target has one, against the condition it was read with; None if none has."""
+    if "score" not in target or bool(target["score"].isnan().all()):
+        return None
+    rows = ~target["score"].isnan()
+    condition = {key.removeprefix(CONDITION): t[rows] for key, t in target.items() if key.startswith(CONDITION)}
+    score = None if output.score is None else output.score[rows]
+    return reward.score(RewardOutput(output.tokens[rows], output.embedding[rows], score), Condition(condition))
 
 
 def finetune(
@@ -156,7 +172,10 @@ class _Branches(nn.Module):
         losses = []
         for name, branch in zip(self.names, self.branches, strict=True):
             own = {key.removeprefix(f"{name}/"): t for key, t in targets.items() if key.startswith(f"{name}/")}
-            losses.append(distillation_loss(branch(features), own, settings))
+            assert isinstance(branch, Branch) and isinstance(branch.tail.part, Reward)
+            output = branch(features)
+            score = predicted_score(branch.tail.part, output, own)
+            losses.append(distillation_loss(output, own, settings, score))
         return torch.stack(losses).sum()
 
 
@@ -205,7 +224,7 @@ def _batch(
     for (examples, _), size in zip(sources, sizes, strict=True):
         rows = torch.randint(len(examples), (size,), generator=generator).tolist()
         parts.append(examples.read(rows))
-    batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    batch = join_sources(parts)
     sigma = draw_sigma(settings.noise, settings.batch_size, generator)
     noise = torch.randn(batch["latents"].shape, generator=generator)
     backbone = value.head.part
@@ -213,6 +232,22 @@ def _batch(
     noisy = backbone.path.add_noise(batch.pop("latents"), noise, sigma)
     whole = {"noisy": noisy, "sigma": sigma, **batch}
     return {name: tensor[rank::world].to(value.device) for name, tensor in whole.items()}
+
+
+def join_sources(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Examples of several sources as one batch. What a source lacks (a photograph was drawn for no prompt) is NaN, so
+    that using it by mistake would show in the loss."""
+    columns = {name: tensor for part in parts for name, tensor in part.items()}
+    sizes = [len(part["latents"]) for part in parts]
+    return {
+        name: torch.cat(
+            [
+                part.get(name, like.new_full((size, *like.shape[1:]), torch.nan))
+                for part, size in zip(parts, sizes, strict=True)
+            ]
+        )
+        for name, like in columns.items()
+    }
 
 
 class _Checkpoint:

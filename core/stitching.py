@@ -169,7 +169,7 @@ def training_examples(
     if recipe.generated > 0:
         asked = list(prompts) if prompts is not None else [""]
         key = {**pair, "prompts": cache_key({"prompts": asked}), "count": settings.samples,
-               "generation": attrs.asdict(settings.generation)}  # fmt: skip
+               "generation": attrs.asdict(settings.generation), "scored": True}  # fmt: skip
         drawn = from_samples(backbone, asked, settings.samples, side, settings.batch, settings.generation)
         generated = build_examples(
             work / f"samples-{cache_key(key)}",

@@ -13,11 +13,20 @@ import pytest
 import torch
 
 from analytic import GaussianBackbone, LinearReward, MomentReward, QuadraticReward
+from families import clip
 from stitchvm import core
-from stitchvm.core.examples import Examples, GenerationSettings, build_examples, from_images, from_samples
+from stitchvm.core.examples import CleanBatch, Examples, GenerationSettings, build_examples, from_images, from_samples
 from stitchvm.core.files import read_tensors
-from stitchvm.core.finetune import FinetuneSettings, draw_sigma, finetune
+from stitchvm.core.finetune import (
+    FinetuneSettings,
+    distillation_loss,
+    draw_sigma,
+    finetune,
+    join_sources,
+    predicted_score,
+)
 from stitchvm.core.images import open_images
+from stitchvm.core.reward import RewardOutput
 from stitchvm.core.stitching import initial_value
 
 ANALYTIC = FinetuneSettings(
@@ -213,3 +222,44 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
             checkpoint=tmp_path / "run",
             progress=False,
         )
+
+
+def prompted_batch(count: int, prompts: tuple[str, ...] | None) -> CleanBatch:
+    draw = torch.Generator().manual_seed(count)
+    images = torch.rand(count, 3, 28, 28, generator=draw)
+    return CleanBatch(torch.randn(count, 4, 4, 4, generator=draw), images, prompts)
+
+
+def test_samples_drawn_for_a_prompt_are_scored_against_it(tmp_path: Path) -> None:
+    reward, batch = clip(), prompted_batch(3, ("a red cat", "a dog", "a red cat"))
+    cache = build_examples(tmp_path, lambda start: iter([batch]), {"clip": reward}, {}, 3, label="x", progress=False)
+    kept = cache.read([2, 0])
+    image = torch.nn.functional.normalize(reward.judge(batch.images).embedding, dim=-1)
+    text = reward.encode_prompts(list(batch.prompts or ()))["text"]
+    assert torch.allclose(kept["clip/score"], (image * text).sum(1)[[2, 0]], atol=1e-6)
+    assert torch.equal(kept["clip/condition.text"], text[[2, 0]])
+
+
+def test_only_the_examples_with_a_score_are_held_to_one(tmp_path: Path) -> None:
+    """Photographs mixed with prompted samples: the score's loss is that of the samples alone, its gradient finite."""
+    reward = clip()
+    caches = [
+        build_examples(
+            tmp_path / str(k), lambda start, batch=batch: iter([batch]), {"clip": reward}, {}, len(batch.latents),
+            label="x", progress=False,
+        )
+        for k, batch in enumerate([prompted_batch(4, None), prompted_batch(2, ("a cat", "a dog"))])
+    ]  # fmt: skip
+    joined = join_sources([caches[0].read(range(4)), caches[1].read(range(2))])
+    target = {name.removeprefix("clip/"): tensor for name, tensor in joined.items()}
+    output = reward.judge(torch.rand(6, 3, 28, 28, generator=torch.Generator().manual_seed(9)))
+    embedding = output.embedding.clone().requires_grad_()
+    predicted = predicted_score(reward, RewardOutput(output.tokens, embedding), target)
+    assert predicted is not None and predicted.shape == (2,)
+    only_score = FinetuneSettings(embedding_weight=0, token_weight=0, score_weight=3)
+    loss = distillation_loss(RewardOutput(output.tokens, embedding), target, only_score, predicted)
+    unit = torch.nn.functional.normalize(output.embedding[4:], dim=-1)
+    errors = (unit * target["condition.text"][4:]).sum(1) - target["score"][4:]
+    assert torch.allclose(loss, 3 * errors.square().mean(), atol=1e-6)
+    gradient = torch.autograd.grad(loss, embedding)[0]
+    assert not gradient[:4].any() and bool(gradient[4:].any()) and bool(gradient.isfinite().all())

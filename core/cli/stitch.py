@@ -34,6 +34,7 @@ def command(
     seed: Annotated[int | None, typer.Option(help=f"Of all randomness {_SAME}.")] = None,
     count: Annotated[int | None, typer.Option(help="Real images to train on (default: all).")] = None,
     samples: Annotated[int, typer.Option(help="Samples of the backbone's own, where the recipe takes some.")] = 4096,
+    sampling_steps: Annotated[int, typer.Option(help="Steps those samples take.")] = 28,
     prompts: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="What they are drawn for: a dataset or a text file (default: no prompt)."),
@@ -47,6 +48,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Make a value model: search the best cuts, join the halves, finetune, save."""
+    from ..examples import GenerationSettings
     from ..images import open_images
     from ..prompts import open_prompts
     from ..stitching import stitch
@@ -58,8 +60,9 @@ def command(
     source = open_images(images, count)
     asked = None if prompts is None else open_prompts(prompts, samples)
     value = stitch(
-        backbone, reward, images=source, out=out, prompts=asked, recipe=settings, count=count,
-        samples=samples, probes=probes, criterion=criterion, seed=settings.seed, **_where(interface, vae, cuts, blocks),
+        backbone, reward, images=source, out=out, prompts=asked, recipe=settings, count=count, samples=samples,
+        generation=GenerationSettings(steps=sampling_steps), probes=probes, criterion=criterion, seed=settings.seed,
+        **_where(interface, vae, cuts, blocks),
     )  # fmt: skip
     warn_skipped(source)
     report = _report(value, out)

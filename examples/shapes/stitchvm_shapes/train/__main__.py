@@ -29,12 +29,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
+    parser.add_argument("--bfloat16", action="store_true", help="train the flow model under bfloat16 autocast")
     parser.add_argument("--export", action="store_true", help="only export the unfinished flow model and measure")
     options = parser.parse_args(arguments)
     if options.minutes_scale <= 0:
         parser.error("--minutes-scale is above zero")
     torch.set_num_threads(options.threads)
-    plan = Plan(options.work, options.out, options.minutes_scale, options.seed)
+    plan = Plan(options.work, options.out, options.minutes_scale, options.seed, options.bfloat16)
     plan.work.mkdir(parents=True, exist_ok=True)
     plan.out.mkdir(parents=True, exist_ok=True)
     if options.export:

@@ -22,7 +22,7 @@ WIDTHS = (128, 64)
 BLOCKS, HEADS, HEAD_DIM = 8, 5, 32
 #: Blocks with a second attention among the image tokens alone, as in SD 3.5 Medium.
 DUAL = (0, 1)
-BATCH = 64
+BATCH = 128
 RATE = 2e-3
 #: Part of the captions replaced by the empty prompt, which is what guidance steers away from.
 DROPOUT = 0.1
@@ -103,7 +103,8 @@ class Examples:
 class MmditTask:
     """Flow matching: z_t = (1 - t) z_0 + t eps, target eps - z_0, t logit-normal."""
 
-    def __init__(self, examples: Examples, compiled: bool = False) -> None:
+    def __init__(self, examples: Examples, compiled: bool = False, bfloat16: bool = False) -> None:
+        self.bfloat16 = bfloat16
         self.modules = build_modules()
         self.transformer = self.modules["transformer"]
         self.encoders = [self.modules[f"text_encoder_{k}"] for k in range(len(WIDTHS))]
@@ -124,15 +125,16 @@ class MmditTask:
         t = torch.randn(BATCH, generator=generator).sigmoid()
         noise = torch.randn(clean.shape, generator=generator)
         part = t[:, None, None, None]
-        tokens, pooled = encode_ids(self.encoders, ids)
-        velocity = self.forward(
-            hidden_states=(1 - part) * clean + part * noise,
-            encoder_hidden_states=tokens,
-            pooled_projections=pooled,
-            timestep=t * 1000,
-            return_dict=False,
-        )[0]
-        return F.mse_loss(velocity, noise - clean), {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            tokens, pooled = encode_ids(self.encoders, ids)
+            velocity = self.forward(
+                hidden_states=(1 - part) * clean + part * noise,
+                encoder_hidden_states=tokens,
+                pooled_projections=pooled,
+                timestep=t * 1000,
+                return_dict=False,
+            )[0]
+        return F.mse_loss(velocity.float(), noise - clean), {}
 
 
 def pipeline(vae: AutoencoderKL, transformer: SD3Transformer2DModel, encoders: list[Any]) -> StableDiffusion3Pipeline:
