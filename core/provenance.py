@@ -17,6 +17,7 @@ PACKAGES = (
     "diffusers",
     "transformers",
     "open_clip_torch",
+    "timm",
     "accelerate",
     "numpy",
 )

@@ -37,6 +37,8 @@ class Denoiser:
         pair = self.backbone.denoise(latents.repeat(2, 1, 1, 1), level.repeat(2), both)
         (z0_null, z0), (eps_null, eps) = pair.z0.chunk(2), pair.eps.chunk(2)
         scale = self.guidance_scale
+        # the level that the backbone read, which may be its largest one for a higher one asked
+        level = pair.sigma[: len(latents)]
         return Prediction(
             pair.path, latents, level, z0_null + scale * (z0 - z0_null), eps_null + scale * (eps - eps_null)
         )

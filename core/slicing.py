@@ -44,9 +44,10 @@ class Sliced(nn.Module, ABC):
 
     A family names its modules (``stem_modules``, ``block_modules`` ordered, ``exit_modules``, ``enter_modules``:
     dotted paths of modules or parameters inside ``net``) and writes ``stem``, ``block``, ``exit`` and ``grid`` over
-    the upstream modules. Everything else is generic. What belongs to a model without being cut (a VAE, text encoders)
-    hangs on ``companions``, outside the module tree: a head or a tail does not take it along. ``record`` is the
-    registry's entry it was loaded from, or None.
+    the upstream modules; one whose blocks are several modules each also names those (``block_parts``). Everything
+    else is generic. What belongs to a model without being cut (a VAE, text encoders) hangs on ``companions``, outside
+    the module tree: a head or a tail does not take it along. ``record`` is the registry's entry it was loaded from, or
+    None.
 
     The rule every family is tested for: ``exit(run(stem(x, c), 0, depth))`` equals the upstream ``forward`` and
     ``resume(head(x, c, k), k)`` equals it for every ``k``, bit for bit in float32 on the CPU.
@@ -71,7 +72,13 @@ class Sliced(nn.Module, ABC):
     @property
     @abstractmethod
     def block_modules(self) -> tuple[str, ...]:
-        """Dotted path, inside ``net``, of every block in order; block ``k`` is entry ``k - 1``."""
+        """Dotted path, inside ``net``, of every block in order; block ``k`` is entry ``k - 1`` and named by it."""
+
+    @property
+    def block_parts(self) -> tuple[tuple[str, ...], ...]:
+        """Dotted paths, inside ``net``, of all that every block uses: its entry in ``block_modules`` and nothing else,
+        unless a family says otherwise (a UNet's resnet and the attention after it share no module of their own)."""
+        return tuple((path,) for path in self.block_modules)
 
     @property
     @abstractmethod
@@ -187,7 +194,7 @@ class Sliced(nn.Module, ABC):
         """
         self.check_cut(start)
         self.check_cut(stop)
-        owned = set(self.block_modules[max(start, 0) : max(stop, 0)])
+        owned = {path for parts in self.block_parts[max(start, 0) : max(stop, 0)] for path in parts}
         if enter:
             owned |= {*self.enter_modules, *self.exit_modules}
         elif stop >= 0:
@@ -203,7 +210,7 @@ class Sliced(nn.Module, ABC):
         if stop < 0:
             return ()
         stem = self.stem_modules if start == 0 else ()
-        return (*stem, *self.block_modules[start:stop])
+        return (*stem, *(path for parts in self.block_parts[start:stop] for path in parts))
 
 
 def _own_dicts(module: nn.Module) -> None:

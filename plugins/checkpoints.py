@@ -1,9 +1,9 @@
-"""Reading safetensors checkpoints strictly, for the built-in families: the right tensors, all of them, or one error."""
+"""Reading checkpoints strictly, for the built-in families: the right tensors, all of them, or one error."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,40 @@ def read_tensors(
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} is truncated or damaged ({error}); download it again.") from error
     return tensors
+
+
+def find_weights(fetch: Callable[..., Path], names: Sequence[str]) -> Path:
+    """The first of the files ``names`` that ``fetch(patterns=...)`` brings: a folder to look in, or the file itself.
+
+    Raises :class:`WeightsError` when there is none.
+    """
+    for name in names:
+        place = fetch(patterns=(name,))
+        file = place / name if place.is_dir() else place
+        if file.is_file():
+            return file
+    raise WeightsError(f"{place} holds none of {', '.join(names)}; name the checkpoint file in the record (filename).")
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """One checkpoint's tensors, from safetensors or from ``torch.save``; nothing in it is executed.
+
+    A state dict may lie under ``state_dict``, as training loops write it, and its names below ``module.``. Raises
+    :class:`WeightsError` for anything else.
+    """
+    if file.suffix == ".safetensors":
+        return read_tensors([file])
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damage happens to lead to
+        raise WeightsError(
+            f"{file} cannot be read as plain tensors ({error}); it is damaged, or a format that runs code when read "
+            "(convert it to safetensors)."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{file} is not a state dict; convert it to safetensors.")
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], origin: Path | str) -> None:

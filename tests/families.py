@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from stitchvm.core import BackboneRecord, Condition, NoisyLatent, RewardRecord
+from stitchvm.plugins.backbones.flux import FluxBackbone
 from stitchvm.plugins.backbones.mmdit import MMDiTBackbone
+from stitchvm.plugins.backbones.unet import UNetBackbone
 from stitchvm.plugins.rewards.clip import ClipReward
 
 VAE: dict[str, Any] = {
@@ -63,6 +65,137 @@ def mmdit_input(
     embeds = torch.randn(batch, 5, config.joint_attention_dim, generator=draw)
     pooled = torch.randn(batch, config.pooled_projection_dim, generator=draw)
     return NoisyLatent(latents, sigma), Condition({"embeds": embeds, "pooled": pooled})
+
+
+FLUX_SCHEDULE: dict[str, Any] = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 4,
+    "max_image_seq_len": 64,
+}
+FLUX_VAE = VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def flux_architecture(**transformer: Any) -> dict[str, Any]:
+    """Two double and three single blocks, 16 wide, with embedded guidance; latents of 4 channels."""
+    defaults: dict[str, Any] = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 8,
+        "guidance_embeds": True,
+        "axes_dims_rope": [2, 2, 4],
+    }
+    net = defaults | transformer
+    return {"transformer": net, "vae": FLUX_VAE, "scheduler": FLUX_SCHEDULE, "max_sequence_length": 6, "sample_size": 8}
+
+
+def flux(seed: int = 0, **transformer: Any) -> FluxBackbone:
+    torch.manual_seed(seed)
+    return FluxBackbone.build(flux_architecture(**transformer))
+
+
+def flux_input(
+    backbone: FluxBackbone, batch: int = 3, sides: tuple[int, int] = (8, 12)
+) -> tuple[NoisyLatent, Condition]:
+    """As :func:`mmdit_input`."""
+    draw = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, backbone.latent_channels, *sides, generator=draw)
+    embeds = torch.randn(batch, 5, backbone.widths["embeds"], generator=draw)
+    pooled = torch.randn(batch, backbone.widths["pooled"], generator=draw)
+    return NoisyLatent(latents, torch.linspace(0.05, 0.95, batch)), Condition({"embeds": embeds, "pooled": pooled})
+
+
+def flux_upstream(backbone: FluxBackbone, x: NoisyLatent, condition: Condition) -> torch.Tensor:
+    """The upstream network's own ``forward`` on what the pipeline's own functions make of the latents."""
+    from diffusers import FluxPipeline
+
+    (batch, channels, height, width), like = x.latents.shape, (x.latents.device, x.latents.dtype)
+    packed = FluxPipeline._pack_latents(x.latents, batch, channels, height, width)
+    tokens = backbone.net(
+        hidden_states=packed,
+        encoder_hidden_states=condition["embeds"],
+        pooled_projections=condition["pooled"],
+        timestep=x.sigma,
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, *like),
+        txt_ids=torch.zeros(condition["embeds"].shape[1], 3),
+        guidance=torch.full([batch], 3.5) if backbone.net.config.guidance_embeds else None,
+    ).sample
+    factor = backbone.latent_factor
+    return FluxPipeline._unpack_latents(tokens, height * factor, width * factor, factor)
+
+
+SD_SCHEDULE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+SD_VAE = {name: value for name, value in VAE.items() if "quant_conv" not in name and name != "shift_factor"}
+SD_VAE["scaling_factor"] = 0.18215
+
+_UNETS: dict[str, dict[str, Any]] = {
+    "sd": {
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [8, 12, 16],
+        "layers_per_block": [2, 1, 1],
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
+    },
+    "xl": {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [8, 16],
+        "layers_per_block": [1, 2],
+        "transformer_layers_per_block": [1, 2],
+        "cross_attention_dim": 16,
+        "attention_head_dim": [2, 4],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 32,
+    },
+}
+
+
+def unet_architecture(kind: str = "sd", **unet: Any) -> dict[str, Any]:
+    """Like SD 1.5 (``"sd"``, three levels) or SDXL (``"xl"``, two levels, pooled text and sizes); latents of 4
+    channels."""
+    net = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "norm_num_groups": 4}
+    return {"unet": net | _UNETS[kind] | unet, "vae": SD_VAE, "scheduler": SD_SCHEDULE, "text_tokens": 8}
+
+
+def unet(kind: str = "sd", seed: int = 0, **unet: Any) -> UNetBackbone:
+    torch.manual_seed(seed)
+    return UNetBackbone.build(unet_architecture(kind, **unet))
+
+
+def unet_input(
+    backbone: UNetBackbone, batch: int = 3, sides: tuple[int, int] = (8, 12)
+) -> tuple[NoisyLatent, Condition]:
+    """As :func:`mmdit_input`."""
+    draw = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, backbone.latent_channels, *sides, generator=draw)
+    shapes = {"embeds": (batch, 5), "pooled": (batch,)}
+    text = {name: torch.randn(*shapes[name], width, generator=draw) for name, width in backbone.widths.items()}
+    return NoisyLatent(latents, torch.linspace(0.05, 0.95, batch)), Condition(text)
+
+
+def unet_upstream(backbone: UNetBackbone, x: NoisyLatent, condition: Condition) -> torch.Tensor:
+    """The upstream network's own ``forward``, told the size of an uncropped image that fills the latents."""
+    added = {}
+    if "pooled" in backbone.widths:
+        height, width = (side * backbone.latent_factor for side in x.latents.shape[-2:])
+        ids = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(x.latents), -1)
+        added["added_cond_kwargs"] = {"text_embeds": condition["pooled"], "time_ids": ids}
+    timestep = backbone.time.timestep(x.sigma)
+    return backbone.net(x.latents, timestep, encoder_hidden_states=condition["embeds"], **added).sample
 
 
 def clip_architecture(vision: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
@@ -126,20 +259,97 @@ def write_pipeline(folder: Path, *, shard_size: str = "10GB") -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def _write_text_encoder(folder: Path, suffix: str) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+def write_unet_pipeline(folder: Path, kind: str = "sd", *, shard_size: str = "10GB") -> None:
+    """A diffusers ``StableDiffusionPipeline`` (PNDM) or ``StableDiffusionXLPipeline`` (Euler) folder."""
+    import diffusers
+
+    scheduler, pipeline = {
+        "sd": ("PNDMScheduler", "StableDiffusionPipeline"),
+        "xl": ("EulerDiscreteScheduler", "StableDiffusionXLPipeline"),
+    }[kind]
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(**unet_architecture(kind)["unet"])
+    net.save_pretrained(folder / "unet", max_shard_size=shard_size)
+    diffusers.AutoencoderKL(**SD_VAE).save_pretrained(folder / "vae")
+    schedule = {name: value for name, value in SD_SCHEDULE.items() if name != "clip_sample"}
+    schedule |= {"skip_prk_steps": True} if kind == "sd" else {"timestep_spacing": "leading"}
+    getattr(diffusers, scheduler)(**schedule).save_pretrained(folder / "scheduler")
+    index: dict[str, Any] = {
+        "_class_name": pipeline,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", scheduler],
+        **{name: [None, None] for name in ("feature_extractor", "image_encoder")},
+    }
+    if kind == "sd":
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    for suffix, encoder in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[: 1 if kind == "sd" else 2]:
+        _write_text_encoder(folder, suffix, encoder)
+        index[f"text_encoder{suffix}"] = ["transformers", encoder]
+        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def write_flux_pipeline(folder: Path, *, shard_size: str = "10GB") -> None:
+    """A diffusers ``FluxPipeline`` folder with a small CLIP text encoder and a small T5."""
+    import diffusers
+
+    torch.manual_seed(0)
+    net = diffusers.FluxTransformer2DModel(**flux_architecture()["transformer"])
+    net.save_pretrained(folder / "transformer", max_shard_size=shard_size)
+    diffusers.AutoencoderKL(**FLUX_VAE).save_pretrained(folder / "vae")
+    diffusers.FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULE).save_pretrained(folder / "scheduler")
+    _write_text_encoder(folder, "", "CLIPTextModel")
+    _write_t5(folder, "_2")
+    index = {
+        "_class_name": "FluxPipeline",
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        **{name: [None, None] for name in ("feature_extractor", "image_encoder")},
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def flux_record(folder: Path, **fields: Any) -> BackboneRecord:
+    fields.setdefault("architecture", flux_architecture())
+    return BackboneRecord(name="tiny-flux", family="flux", path=str(folder), resolution=16, **fields)
+
+
+def unet_record(folder: Path, kind: str = "sd", **fields: Any) -> BackboneRecord:
+    fields.setdefault("architecture", unet_architecture(kind))
+    return BackboneRecord(name=f"tiny-{kind}", family="unet", path=str(folder), resolution=16, **fields)
+
+
+def _write_text_encoder(folder: Path, suffix: str, encoder: str = "CLIPTextModelWithProjection") -> None:
+    import transformers
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={word: k for k, word in enumerate(words)}, merges=[], model_max_length=8)
     tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-    CLIPTextModelWithProjection(
+    getattr(transformers, encoder)(
         CLIPTextConfig(
             vocab_size=len(words), hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
             num_attention_heads=2, max_position_embeddings=8, bos_token_id=len(words) - 2,
             eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
         )
     ).save_pretrained(folder / f"text_encoder{suffix}")  # fmt: skip
+
+
+def _write_t5(folder: Path, suffix: str) -> None:
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -2.0)]
+    pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=8).save_pretrained(folder / f"tokenizer{suffix}")
+    config = T5Config(vocab_size=len(pieces), d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder / f"text_encoder{suffix}")
 
 
 def pipeline_record(folder: Path, **fields: Any) -> BackboneRecord:

@@ -17,6 +17,7 @@ HEAVY = (
     "diffusers",
     "transformers",
     "open_clip",
+    "timm",
     "matplotlib",
     "datasets",
     "accelerate",
@@ -90,7 +91,7 @@ def test_list_shows_names_licences_and_status(run):
 
 
 def test_list_with_a_pattern_as_json(run):
-    code, out, _ = run("list", "clip-vit-l*", "--json")
+    code, out, _ = run("list", "clip-vit-l*336", "--json")
     (entry,) = json.loads(out)
     assert code == 0
     assert (entry["kind"], entry["name"], entry["status"]) == ("reward", "clip-vit-l-14-336", "ready")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import families
+import reward_families
 from stitchvm import core
-from stitchvm.core import LATENT, Head, Sliced, SliceError
+from stitchvm.core import LATENT, Head, Reward, Sliced, SliceError
 
 
 def _mmdit(**settings: Any) -> tuple[Sliced, Any, Any, Any]:
@@ -25,9 +26,26 @@ def _mmdit(**settings: Any) -> tuple[Sliced, Any, Any, Any]:
     return backbone, x, condition, upstream
 
 
+def _flux(**settings: Any) -> tuple[Sliced, Any, Any, Any]:
+    backbone = families.flux(**settings)
+    x, condition = families.flux_input(backbone)
+    return backbone, x, condition, families.flux_upstream(backbone, x, condition)
+
+
+def _unet(kind: str = "sd", **settings: Any) -> tuple[Sliced, Any, Any, Any]:
+    backbone = families.unet(kind, **settings)
+    x, condition = families.unet_input(backbone)
+    return backbone, x, condition, families.unet_upstream(backbone, x, condition)
+
+
 def _clip(vision: dict[str, Any] | None = None, **settings: Any) -> tuple[Sliced, Any, Any, Any]:
     reward = families.clip(vision=vision, **settings)
     pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    return reward, pixels, None, reward.net(pixels)
+
+
+def _reward(make: Callable[[], Reward]) -> tuple[Sliced, Any, Any, Any]:
+    reward, pixels = make(), reward_families.pixels()
     return reward, pixels, None, reward.net(pixels)
 
 
@@ -35,6 +53,13 @@ CASES: dict[str, Callable[[], tuple[Sliced, Any, Any, Any]]] = {
     "mmdit-dual": _mmdit,
     "mmdit-plain": lambda: _mmdit(dual_attention_layers=[], qk_norm=None),
     "mmdit-dual-last": lambda: _mmdit(dual_attention_layers=[3]),
+    "flux-guided": _flux,
+    "flux-plain": lambda: _flux(guidance_embeds=False),
+    "flux-single-only": lambda: _flux(num_layers=0),
+    "unet-sd": _unet,
+    "unet-xl": lambda: _unet("xl"),
+    "unet-no-middle": lambda: _unet(mid_block_type=None, norm_num_groups=4, time_embedding_act_fn="silu"),
+    **{f"reward-{name}": lambda make=make: _reward(make) for name, make in reward_families.REWARDS.items()},
     "clip-quickgelu": _clip,
     "clip-gelu": lambda: _clip(quick_gelu=False),
     "clip-average": lambda: _clip({"pool_type": "avg"}),
@@ -178,12 +203,37 @@ def test_every_sample_is_on_its_own(case):
     torch.testing.assert_close(output, upstream[order], rtol=1e-5, atol=1e-5)
 
 
-PUBLISHED = {
+SD15_GRIDS = [
+    *[(320, 1)] * 3, (320, 2), *[(640, 2)] * 2, (640, 4), *[(1280, 4)] * 2, *[(1280, 8)] * 8,
+    *[(1280, 4)] * 4, *[(1280, 2)], *[(640, 2)] * 3, *[(640, 1)], *[(320, 1)] * 3,
+]  # fmt: skip
+SDXL_GRIDS = [
+    *[(320, 1)] * 3, (320, 2), *[(640, 2)] * 2, (640, 4), *[(1280, 4)] * 7,
+    *[(1280, 2)], *[(640, 2)] * 3, *[(640, 1)], *[(320, 1)] * 3,
+]  # fmt: skip
+
+PUBLISHED: dict[str, tuple[int, Any, int | None, float]] = {
+    "sd3-medium": (24, 1536, 2, 2_028_328_000),
     "sd3.5-medium": (24, 1536, 2, 2.243e9),
     "sd3.5-large": (38, 2432, 2, 8.057e9),
+    "flux-dev": (57, 3072, 2, 11_901_408_320),
+    "flux-schnell": (57, 3072, 2, 11_891_178_560),
+    "sd1.5": (28, SD15_GRIDS, None, 859_520_964),
+    "sdxl": (21, SDXL_GRIDS, None, 2_567_463_684),
     "clip-vit-l-14-336": (24, 1024, 14, 304.3e6),
+    "clip-vit-l-14": (24, 1024, 14, 303_966_208),
+    "dfn-clip-vit-h-14-378": (32, 1280, 14, 632_682_240),
+    "pickscore": (32, 1280, 14, 632_076_800),
+    "siglip2-so400m-14-378": (27, 1152, 14, 428_225_600),
+    "hpsv2": (32, 1280, 14, 632_076_800),
+    "hpsv2.1": (32, 1280, 14, 632_076_800),
+    "aesthetic": (24, 1024, 14, 303_966_208),
+    "dinov2-vit-l-14": (24, 1024, 14, 304_367_616),
+    "dinov2-vit-l-14-reg4": (24, 1024, 14, 304_370_688),
 }
-"""Depth, width, reduction and parameters: 2.5 B and 8.1 B with their VAE, 304 M for the ViT-L/14 tower."""
+"""Depth, width, reduction and parameters: 2.5 B and 8.1 B with their VAE, 304 M for the ViT-L/14 tower; UNets to the
+last one. A network whose width and reduction vary from cut to cut has a list of both, cut by cut, in the width's place.
+"""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -195,8 +245,10 @@ def test_geometry_at_full_size(name):
     info = network.feature_info()
     depth, width, reduction, parameters = PUBLISHED[name]
     assert (network.depth, len(info)) == (depth, depth + 1)
-    assert {(entry.num_chs, entry.reduction) for entry in info} == {(width, reduction)}
-    assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=1e-3)
+    grids = width if isinstance(width, list) else [(width, reduction)] * len(info)
+    assert [(entry.num_chs, entry.reduction) for entry in info] == grids
+    exact = isinstance(parameters, int)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=0 if exact else 1e-3)
 
 
 def test_every_built_in_model_has_its_geometry_tested():

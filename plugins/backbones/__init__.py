@@ -19,3 +19,21 @@ def stitchvm_backbones() -> Iterable[Family | BackboneRecord]:
         install="stitchvm[sd3]",
         description="Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel with its VAE and text encoders.",
     )
+    yield Family(
+        kind="backbone",
+        name="flux",
+        load="stitchvm.plugins.backbones.flux:FluxBackbone",
+        spec_version=1,
+        requires=("diffusers", "transformers"),
+        install="stitchvm[flux]",
+        description="FLUX.1: diffusers' FluxTransformer2DModel with its VAE and text encoders.",
+    )
+    yield Family(
+        kind="backbone",
+        name="unet",
+        load="stitchvm.plugins.backbones.unet:UNetBackbone",
+        spec_version=1,
+        requires=("diffusers", "transformers"),
+        install="stitchvm[sd]",
+        description="Stable Diffusion 1.5, 2 and XL: diffusers' UNet2DConditionModel with its VAE and text encoders.",
+    )

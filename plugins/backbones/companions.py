@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import attrs
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -15,7 +16,7 @@ from stitchvm.core import ConfigError, SliceError, count
 
 
 class TextSide(Protocol):
-    """Prompts to ``{"embeds": [B, T, D], "pooled": [B, P]}`` on a device."""
+    """Prompts to ``{"embeds": [B, T, D], "pooled": [B, P]}`` on a device; a family may have no ``pooled``."""
 
     def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]: ...
 
@@ -25,12 +26,15 @@ class Companions:
     """The VAE, the scheduler's settings and the text side.
 
     A VAE opened from files stays in float32: it is small, and half precision shows in latents and rewards.
+    ``uniform_levels``: before the scheduler's shift, noise levels fall evenly from 1 to ``1 / steps``, as FLUX's
+    pipeline asks for; otherwise from the scheduler's largest to its smallest, as SD 3's does.
     """
 
     vae_config: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
     text: TextSide
     open_vae: Callable[[], AutoencoderKL]
+    uniform_levels: bool = False
     _vae: AutoencoderKL | None = attrs.field(default=None, init=False)
 
     def vae(self, device: torch.device) -> AutoencoderKL:
@@ -81,7 +85,8 @@ class Companions:
         if steps < 1:
             raise ConfigError(f"sampling needs at least 1 step, got {steps}.")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(self.scheduler_config))
-        scheduler.set_timesteps(steps, mu=self._mu(scheduler.config, image_tokens))
+        levels = np.linspace(1.0, 1.0 / steps, steps) if self.uniform_levels else None
+        scheduler.set_timesteps(steps, sigmas=levels, mu=self._mu(scheduler.config, image_tokens))
         sigmas: Tensor = scheduler.sigmas.float()
         if sigmas[0] > 1 or sigmas[-1] != 0 or bool((sigmas.diff() >= 0).any()):
             raise ConfigError(
@@ -105,18 +110,21 @@ class HashedText:
     """Text conditioning for a network with random weights, which no trained text encoder fits.
 
     Every word becomes a standard normal vector seeded by its hash, so that equal prompts agree, different prompts
-    differ and nothing is downloaded. It means nothing; it is what twins are run with.
+    differ and nothing is downloaded. It means nothing; it is what twins are run with. ``pooled_width`` is None for a
+    network that reads no pooled text.
     """
 
     tokens: int
     width: int
-    pooled_width: int
+    pooled_width: int | None
 
     def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         embeds = torch.zeros(len(prompts), self.tokens, self.width)
         for row, prompt in enumerate(prompts):
             for column, word in enumerate(prompt.split()[: self.tokens]):
                 embeds[row, column] = _seeded(word, self.width)
+        if self.pooled_width is None:
+            return {"embeds": embeds.to(device)}
         pooled = torch.stack([_seeded(prompt, self.pooled_width) for prompt in prompts])
         return {"embeds": embeds.to(device), "pooled": pooled.to(device)}
 
@@ -149,4 +157,56 @@ class Sd3Text:
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
+        return {"embeds": embeds, "pooled": pooled}
+
+
+@attrs.define(eq=False)
+class FluxText:
+    """The text side of a ``FluxPipeline``, through its own ``encode_prompt``; opened on first use.
+
+    The sequence is T5's, ``max_sequence_length`` tokens, and the pooled text CLIP's. Raises :class:`ConfigError` for a
+    pipeline that was loaded without one of the two.
+    """
+
+    open_pipeline: Callable[[], Any]
+    max_sequence_length: int
+    _pipeline: Any = attrs.field(default=None, init=False)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        if self._pipeline is None:
+            self._pipeline = self.open_pipeline()
+        for name in ("text_encoder", "text_encoder_2"):
+            if getattr(self._pipeline, name) is None:
+                raise ConfigError(f"the pipeline was loaded without its {name}, which reads prompts; load it with one.")
+            getattr(self._pipeline, name).to(device)
+        embeds, pooled, _ = self._pipeline.encode_prompt(
+            list(prompts), None, device=device, max_sequence_length=self.max_sequence_length
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+
+@attrs.define(eq=False)
+class ClipText:
+    """The text side of a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, through its own
+    ``encode_prompt``; opened on first use.
+
+    The first gives no pooled text; the second both encoders' last layer but one and the second one's pooled text.
+    """
+
+    open_pipeline: Callable[[], Any]
+    _pipeline: Any = attrs.field(default=None, init=False)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        if self._pipeline is None:
+            self._pipeline = self.open_pipeline()
+        pipeline, double = self._pipeline, hasattr(self._pipeline, "text_encoder_2")
+        for name in ("text_encoder", "text_encoder_2") if double else ("text_encoder",):
+            if getattr(pipeline, name) is not None:
+                getattr(pipeline, name).to(device)
+        once = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        if not double:
+            return {"embeds": pipeline.encode_prompt(list(prompts), **once)[0]}
+        embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), **once)
         return {"embeds": embeds, "pooled": pooled}

@@ -46,16 +46,25 @@ def random_vae(config: Mapping[str, Any], seed: int) -> AutoencoderKL:
         return AutoencoderKL(**config).requires_grad_(False).eval()
 
 
-def load_part(fetch: Fetch, part: nn.Module, name: str, *, prefixes: tuple[str, ...] | None = None, **to: Any) -> None:
+def load_part(
+    fetch: Fetch,
+    part: nn.Module,
+    name: str,
+    *,
+    prefixes: tuple[str, ...] | None = None,
+    rename: Callable[[str], str] = str,
+    **to: Any,
+) -> None:
     """Read the pipeline's part ``name`` (only the tensors below ``prefixes``) into ``part``.
 
-    ``to`` takes the ``dtype`` and ``device`` they are wanted in. Raises :class:`WeightsError` unless they are exactly
-    the tensors that ``part`` has.
+    ``rename`` gives a tensor's name in ``part`` for its name on disk; ``to`` takes the ``dtype`` and ``device`` they
+    are wanted in. Raises :class:`WeightsError` unless they are exactly the tensors that ``part`` has.
     """
     folder = fetch("*.json") / name
     files = shards(folder, WEIGHTS, prefixes)
     fetch(*(f"{name}/{file.name}" for file in files))
-    load_strictly(part, read_tensors(files, prefixes=prefixes, **to), folder)
+    tensors = read_tensors(files, prefixes=prefixes, **to)
+    load_strictly(part, {rename(name): tensor for name, tensor in tensors.items()}, folder)
 
 
 def read_config(folder: Path, kind: type, expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,8 +88,19 @@ def read_config(folder: Path, kind: type, expected: Mapping[str, Any]) -> dict[s
 def open_vae(fetch: Fetch, config: Mapping[str, Any]) -> AutoencoderKL:
     """The frozen VAE of a pipeline folder, in float32."""
     vae = on_meta(lambda: AutoencoderKL.from_config(dict(config)))
-    load_part(fetch, vae, "vae", dtype=torch.float32)
+    load_part(fetch, vae, "vae", rename=_renamed_attention, dtype=torch.float32)
     return vae
+
+
+_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""How the attention of early checkpoints (Stable Diffusion 1) names its layers, and how diffusers does now."""
+
+
+def _renamed_attention(name: str) -> str:
+    block, _, layer = name.rpartition(".")[0].rpartition(".")
+    if layer not in _RENAMED or "attentions" not in block.split("."):
+        return name
+    return f"{block}.{_RENAMED[layer]}.{name.rpartition('.')[2]}"
 
 
 def open_sd3_text(fetch: Fetch, joint_attention_dim: int, dtype: torch.dtype) -> Any:
@@ -102,3 +122,29 @@ def open_sd3_text(fetch: Fetch, joint_attention_dim: int, dtype: torch.dtype) ->
     # encode_prompt reads the width of an absent T5's zeros from the denoiser's configuration, and nothing else of it.
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
     return pipeline
+
+
+def open_clip_text(fetch: Fetch, kind: Any, dtype: torch.dtype) -> Any:
+    """A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` (``kind``) with nothing but its text side."""
+    from safetensors import SafetensorError
+
+    # Only the files in the model's own precision, as for SD3.
+    folder = fetch("*.json", "tokenizer*/*", "text_encoder*/model.safetensors", "text_encoder*/model-*.safetensors")
+    index = read_json(folder / "model_index.json")
+    text = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler")
+    left_out = [name for name, origin in index.items() if isinstance(origin, list) and name not in text]
+    # Not asked for, and asking for none keeps SD1.5's pipeline from warning that there is none.
+    checker = {"requires_safety_checker": False} if "safety_checker" in index else {}
+    try:
+        return kind.from_pretrained(
+            folder, **dict.fromkeys(left_out), **checker, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"the text encoders in {folder} cannot be read: {error}") from error
+
+
+def open_flux_text(fetch: Fetch, dtype: torch.dtype) -> Any:
+    """A ``FluxPipeline`` with nothing but its text encoders and tokenizers."""
+    from diffusers import FluxPipeline
+
+    return open_clip_text(fetch, FluxPipeline, dtype)

@@ -1,4 +1,5 @@
-"""open_clip's evaluation transform on tensors, so that gradients pass through it."""
+"""open_clip's evaluation transform on tensors, so that gradients pass through it; CLIP's own and timm's are cases of
+it."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from typing import Any, Literal, Self
 import attrs
 import torch
 import torch.nn.functional as F
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
 from stitchvm.core import ConfigError
 
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Channel statistics that OpenAI's CLIP and most of its successors normalise with."""
 
-def _triple(value: Any) -> tuple[float, ...]:
+
+def triple(value: Any) -> tuple[float, ...]:
     return tuple(float(v) for v in value) if isinstance(value, list | tuple) else (float(value),) * 3
 
 
@@ -27,8 +30,8 @@ class Preprocessing:
     """
 
     size: int
-    mean: tuple[float, ...] = attrs.field(default=OPENAI_DATASET_MEAN, converter=_triple)
-    std: tuple[float, ...] = attrs.field(default=OPENAI_DATASET_STD, converter=_triple)
+    mean: tuple[float, ...] = attrs.field(default=OPENAI_MEAN, converter=triple)
+    std: tuple[float, ...] = attrs.field(default=OPENAI_STD, converter=triple)
     interpolation: Literal["bicubic", "bilinear"] = attrs.field(
         default="bicubic", validator=attrs.validators.in_(("bicubic", "bilinear"))
     )
@@ -54,17 +57,13 @@ class Preprocessing:
             raise ConfigError(f"preprocess_cfg: {error}") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ConfigError(f"images must be [batch, 3, height, width] in [0, 1], got {list(images.shape)}.")
-        pixels = images.float()
+        pixels = checked(images)
         height, width = self._sides(*pixels.shape[-2:])
         # Columns before rows, clamped after each: bicubic overshoots, and PIL's 8-bit images between the passes cannot.
         for sides in ((pixels.shape[-2], width), (height, width)):
             if sides != tuple(pixels.shape[-2:]):
                 pixels = F.interpolate(pixels, sides, mode=self.interpolation, antialias=True).clamp(0, 1)
-        pixels = _centre(pixels, self.size, self.fill_color / 255)
-        mean, std = (torch.tensor(v, device=pixels.device).reshape(3, 1, 1) for v in (self.mean, self.std))
-        return (pixels - mean) / std
+        return normalised(centred(pixels, self.size, self.fill_color / 255), self.mean, self.std)
 
     def _sides(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing; the two modes round as the transforms they follow."""
@@ -77,7 +76,14 @@ class Preprocessing:
         return (self.size, other) if height <= width else (other, self.size)
 
 
-def _centre(pixels: Tensor, size: int, fill: float) -> Tensor:
+def checked(images: Tensor) -> Tensor:
+    """Images in float32; :class:`ConfigError` unless they are ``[B, 3, H, W]``."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ConfigError(f"images must be [batch, 3, height, width] in [0, 1], got {list(images.shape)}.")
+    return images.float()
+
+
+def centred(pixels: Tensor, size: int, fill: float) -> Tensor:
     """Centre crop to ``size`` and pad what is smaller, the odd pixel going below and to the right."""
     missing = [max(size - side, 0) for side in pixels.shape[-2:]]
     if any(missing):
@@ -85,3 +91,9 @@ def _centre(pixels: Tensor, size: int, fill: float) -> Tensor:
         pixels = F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=fill)
     top, left = (round((side - size) / 2) for side in pixels.shape[-2:])
     return pixels[..., top : top + size, left : left + size]
+
+
+def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """``(pixels - mean) / std`` by channel."""
+    centre, scale = (torch.tensor(v, device=pixels.device).reshape(3, 1, 1) for v in (mean, std))
+    return (pixels - centre) / scale

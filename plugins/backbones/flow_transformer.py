@@ -1,0 +1,254 @@
+"""What SD 3 and FLUX share: a transformer over image and text tokens, flow matching, and the pipeline around it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import attrs
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from stitchvm.core import (
+    Backbone,
+    BackboneRecord,
+    Condition,
+    ConfigError,
+    FlowPath,
+    NoisyLatent,
+    SliceError,
+    WeightsError,
+)
+
+from .companions import Companions, HashedText, TextSide
+from .folders import Fetch, fetcher, load_part, on_meta, open_vae, random_vae, read_config
+
+
+@attrs.frozen(eq=False)
+class TokenState:
+    """Between two blocks: ``image [B, rows * columns, C]`` and ``context [B, T, C]`` tokens, ``temb [B, C]``.
+
+    ``temb`` embeds time and pooled text. The context is None where a last block drops it.
+    """
+
+    image: Tensor
+    context: Tensor | None
+    temb: Tensor
+    rows: int
+    columns: int
+
+
+class FlowTransformer(Backbone):
+    """A :class:`Backbone` over a diffusers transformer; its condition is ``{"embeds": [B, T, D], "pooled": [B, P]}``.
+
+    A family names the upstream ``network`` (a class) and ``pipeline``, the attrs class ``architecture`` that ``build``
+    takes (with ``transformer``, ``vae``, ``scheduler`` and ``max_sequence_length``), ``options`` (those of its other
+    settings that the constructor takes), ``leading_tokens`` (what other encoders put in front of T5's tokens) and
+    ``uniform_levels`` (see :class:`Companions`); it gives the text side and writes the slicing.
+
+    ``companions`` hold the VAE, the scheduler's settings and the text side; ``patch`` latent pixels along a side make
+    one image token; ``native_resolution`` is in image pixels; ``text_tokens`` is the length of ``embeds``.
+    """
+
+    network: ClassVar[Any]
+    pipeline: ClassVar[str]
+    architecture: ClassVar[Any]
+    options: ClassVar[tuple[str, ...]] = ()
+    leading_tokens: ClassVar[int] = 0
+    uniform_levels: ClassVar[bool] = False
+
+    companions: Companions
+    path = FlowPath()
+    prediction = "velocity"
+    patch: int
+    text_tokens: int
+
+    # -- what a family writes -----------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def text_of_folder(cls, fetch: Fetch, config: Mapping[str, Any], length: int, dtype: torch.dtype) -> TextSide:
+        """The text side of a pipeline folder whose transformer has ``config``, opened on first use."""
+
+    @classmethod
+    @abstractmethod
+    def text_of_pipeline(cls, pipeline: Any, length: int) -> TextSide:
+        """The text side of a loaded pipeline."""
+
+    def __init__(self, net: Any, companions: Companions, *, max_sequence_length: int, **_: Any) -> None:
+        """A family's own also sets ``latent_channels``, ``patch`` and ``native_resolution``, and takes the ``options``
+        and ``native_resolution``. ``max_sequence_length`` counts T5's tokens.
+        """
+        super().__init__(net)
+        self.companions = companions
+        self.latent_factor = companions.latent_factor
+        self.text_tokens = self.leading_tokens + max_sequence_length
+
+    # -- slicing ------------------------------------------------------------------------------------------------------
+
+    @property
+    def exit_modules(self) -> tuple[str, ...]:
+        return ("norm_out", "proj_out")
+
+    def grid(self, state: TokenState) -> Tensor:
+        return state.image.transpose(1, 2).reshape(len(state.image), -1, state.rows, state.columns)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The last dimension of every tensor of prompt embeddings the network reads."""
+        config: Any = self.net.config
+        return {"embeds": config.joint_attention_dim, "pooled": config.pooled_projection_dim}
+
+    def example(self, batch: int = 1) -> tuple[NoisyLatent, Condition]:
+        side, zeros = self.native_resolution // self.latent_factor, partial(torch.zeros, device=self.device)
+        shapes = {"embeds": (batch, self.text_tokens), "pooled": (batch,)}
+        text = {name: zeros(*shapes[name], width) for name, width in self.widths.items()}
+        return NoisyLatent(zeros(batch, self.latent_channels, side, side), zeros(batch)), Condition(text)
+
+    def check_input(self, x: NoisyLatent, condition: Condition, largest: int | None = None) -> None:
+        """Raise :class:`SliceError` for what upstream would answer with a bare reshape or matmul error.
+
+        ``largest`` is the longest latent side that the network has positions for.
+        """
+        factor, sides = self.latent_factor, x.latents.shape[-2:]
+        if any(side % self.patch or (largest is not None and side > largest) for side in sides):
+            most, pixels = ("", "") if largest is None else (f" and at most {largest}", f" up to {largest * factor}")
+            raise SliceError(
+                f"latent sides must be multiples of {self.patch}{most}, got {list(sides)}; "
+                f"that is multiples of {self.patch * factor} image pixels{pixels}."
+            )
+        given = {name: tensor.shape[-1] for name, tensor in condition.tensors.items()}
+        if given != self.widths:
+            raise SliceError(
+                f"{type(self).__name__} reads prompt embeddings of widths {self.widths}, got {given}; "
+                "use encode_prompts."
+            )
+
+    # -- latents, text, time ------------------------------------------------------------------------------------------
+
+    def sigmas(self, steps: int, latent_shape: tuple[int, int]) -> Tensor:
+        return self.companions.sigmas(steps, (latent_shape[0] // self.patch) * (latent_shape[1] // self.patch))
+
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Prompt embeddings, one sample a prompt: as the pipeline's ``encode_prompt`` gives them, without guidance.
+
+        Raises :class:`ConfigError` for an empty list or a bare string.
+        """
+        if not isinstance(prompts, list) or not prompts:
+            raise ConfigError(f"encode_prompts takes a list of at least one prompt, got {prompts!r}.")
+        return Condition(self.companions.text(list(prompts), self.device))
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] to scaled latents (the posterior's mode), float32.
+
+        Raises :class:`SliceError` unless the sides are multiples of a token's pixels.
+        """
+        return self.companions.encode_images(images, self.device, self.latent_factor * self.patch)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return self.companions.decode_latents(latents, self.device)
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, architecture: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Self:
+        """A frozen backbone with random weights from torch's generator, or without any on the meta device.
+
+        ``architecture``: what the class of that name takes. Its text side is :class:`HashedText`. Raises
+        :class:`ConfigError` for an unknown or missing setting.
+        """
+        try:
+            settings = cls.architecture(**architecture)
+            with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
+                net = cls.network(**settings.transformer).requires_grad_(False)
+            vae = on_meta(partial(AutoencoderKL, **settings.vae))
+            scheduler = FlowMatchEulerDiscreteScheduler(**settings.scheduler)
+        except TypeError as error:
+            raise ConfigError(f"not an architecture for {cls.__name__}: {error}.") from error
+        tokens, config = cls.leading_tokens + settings.max_sequence_length, net.config
+        companions = Companions(
+            vae_config=dict(vae.config),
+            scheduler_config=dict(scheduler.config),
+            text=HashedText(tokens, config.joint_attention_dim, config.pooled_projection_dim),
+            open_vae=partial(random_vae, settings.vae, seed=int(torch.randint(2**31, ()))),
+            uniform_levels=cls.uniform_levels,
+        )
+        options = {name: getattr(settings, name) for name in ("max_sequence_length", *cls.options)}
+        return cls(net.to(device), companions, **options).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        record: BackboneRecord,
+        *,
+        cut: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The backbone of a diffusers folder or hub repository, frozen, in ``dtype`` (the record's when None).
+
+        With a ``cut`` only the head up to that block is read from disk (the stem for ``LATENT``). VAE and text encoders
+        are fetched and read when they are first used. Raises :class:`WeightsError` for a checkpoint that is missing,
+        gated, incomplete, truncated or of another architecture than the record's.
+        """
+        fetch, expected = fetcher(record, token, local_files_only), record.architecture
+        root, precision = fetch("*.json"), dtype or getattr(torch, record.dtype)
+        config = read_config(root / "transformer", cls.network, expected.get("transformer", {}))
+        vae_config = read_config(root / "vae", AutoencoderKL, expected.get("vae", {}))
+        options = {name: expected[name] for name in cls.options if name in expected}
+        length = int(expected.get("max_sequence_length", attrs.fields(cls.architecture).max_sequence_length.default))
+        companions = Companions(
+            vae_config=vae_config,
+            scheduler_config=read_config(root / "scheduler", FlowMatchEulerDiscreteScheduler, {}),
+            text=cls.text_of_folder(fetch, config, length, precision),
+            open_vae=partial(open_vae, fetch, vae_config),
+            uniform_levels=cls.uniform_levels,
+        )
+        backbone = cls(
+            on_meta(partial(cls.network.from_config, config)),
+            companions,
+            native_resolution=record.resolution,
+            max_sequence_length=length,
+            **options,
+        ).eval()
+        return backbone._filled(fetch, cut, dtype=precision, device=device)
+
+    def _filled(self, fetch: Fetch, cut: int | None, **to: Any) -> Self:
+        """Itself with the weights of a pipeline folder, or only the head up to ``cut`` with those it needs."""
+        if cut is None:
+            load_part(fetch, self.net, "transformer", **to)
+            return self
+        self.check_cut(cut)
+        part = self.prune(0, max(cut, 0))
+        part.companions = self.companions
+        load_part(fetch, part.net, "transformer", prefixes=self.tensor_prefixes(0, max(cut, 0)), **to)
+        return part
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any, *, max_sequence_length: int | None = None, **options: Any) -> Self:
+        """The backbone of a loaded pipeline, sharing its modules and leaving them as they are.
+
+        ``max_sequence_length`` is the T5 token count that ``pipeline`` is called with (that of the family when None);
+        ``options`` are the family's own. Raises :class:`WeightsError` for another kind of pipeline, or one without its
+        VAE.
+        """
+        net, vae = getattr(pipeline, "transformer", None), getattr(pipeline, "vae", None)
+        if not isinstance(net, cls.network) or not isinstance(vae, AutoencoderKL):
+            raise WeightsError(
+                f"{type(pipeline).__name__} has no {cls.network.__name__} with an AutoencoderKL; "
+                f"give a {cls.pipeline} with both."
+            )
+        length = max_sequence_length or attrs.fields(cls.architecture).max_sequence_length.default
+        companions = Companions(
+            vae_config=dict(vae.config),
+            scheduler_config=dict(pipeline.scheduler.config),
+            text=cls.text_of_pipeline(pipeline, length),
+            open_vae=lambda: vae,
+            uniform_levels=cls.uniform_levels,
+        )
+        return cls(net, companions, max_sequence_length=length, **options)
