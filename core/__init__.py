@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .estimators import Estimator, Prompted, Stitched, Tweedie, clean_reward
     from .evaluation import evaluate
     from .hookspecs import hookimpl
+    from .joint import JointReward
     from .kernels import KERNELS, Ancestral, Kernel, Ode, Sde, Transition
     from .loading import (
         BackboneFamily,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from .registries import Registry, pairs, registry
     from .reward import Reward, RewardOutput, Tail
     from .sampling import Denoiser, sample, seeded_noise
-    from .searching import SearchResult, search
+    from .searching import JointSearch, SearchResult, search, search_jointly
     from .slicing import LATENT, FeatureInfo, Head, Sliced, State
     from .stitching import stitch
     from .value import StitchedValue
@@ -85,6 +86,7 @@ _PUBLIC = {
     "estimators": ("Estimator", "Prompted", "Stitched", "Tweedie", "clean_reward"),
     "evaluation": ("evaluate",),
     "hookspecs": ("hookimpl",),
+    "joint": ("JointReward",),
     "kernels": ("KERNELS", "Ancestral", "Kernel", "Ode", "Sde", "Transition"),
     "loading": (
         "BackboneFamily",
@@ -114,7 +116,7 @@ _PUBLIC = {
     "registries": ("Registry", "pairs", "registry"),
     "reward": ("Reward", "RewardOutput", "Tail"),
     "sampling": ("Denoiser", "sample", "seeded_noise"),
-    "searching": ("SearchResult", "search"),
+    "searching": ("JointSearch", "SearchResult", "search", "search_jointly"),
     "slicing": ("LATENT", "FeatureInfo", "Head", "Sliced", "State"),
     "stitching": ("stitch",),
     "value": ("StitchedValue",),
@@ -149,6 +151,8 @@ __all__ = [
     "FlowPath",
     "Head",
     "Hint",
+    "JointReward",
+    "JointSearch",
     "Kernel",
     "NoiseLevelError",
     "NoisyLatent",
@@ -207,6 +211,7 @@ __all__ = [
     "resolve_source",
     "sample",
     "search",
+    "search_jointly",
     "seeded_noise",
     "spread",
     "stitch",

@@ -18,10 +18,10 @@ from .conditions import Condition
 from .costs import CostMeter
 from .errors import ConfigError
 from .estimators import Estimator, Prompted, Stitched, Tweedie, clean_reward
-from .loading import load_aligner, load_backbone, load_reward, name_of
+from .joint import AnyReward, load_judge
+from .loading import load_aligner, load_backbone, name_of
 from .particles import Aligner, AlignProblem, initial_noise, step_generators
 from .provenance import model_identity, weights_digest
-from .reward import Reward
 from .sampling import Denoiser
 from .structuring import plain, structure
 from .value import StitchedValue
@@ -41,7 +41,7 @@ def align(
     steps: int = 28,
     guidance_scale: float = 3.0,
     resolution: int | None = None,
-    reward: str | Reward | None = None,
+    reward: str | AnyReward | None = None,
     batch: int = 64,
     out: str | Path | None = None,
     progress: bool = True,
@@ -112,7 +112,7 @@ class _Job:
     method: Aligner
     backbone: Backbone
     estimator: Estimator | None
-    reward: Reward
+    reward: AnyReward
     prompts: tuple[str, ...]
     particles: int = attrs.field(validator=_AT_LEAST_ONE)
     seed: int = attrs.field(validator=attrs.validators.ge(0))
@@ -169,7 +169,7 @@ class _Job:
         )  # fmt: skip
 
 
-def reward_condition(reward: Reward, prompts: Sequence[str]) -> Condition:
+def reward_condition(reward: AnyReward, prompts: Sequence[str]) -> Condition:
     """What ``reward`` compares the samples of ``prompts`` with; nothing where it scores images alone.
 
     Raises :class:`ConfigError` for a reward that compares with reference images, which prompts do not come with.
@@ -200,9 +200,11 @@ def _resolve_method(method: str | Aligner, proposals: int, settings: dict[str, A
     return aligner
 
 
-def _resolve_value(value: Value, reward: str | Reward | None, backbone: Backbone) -> tuple[Estimator | None, Reward]:
+def _resolve_value(
+    value: Value, reward: str | AnyReward | None, backbone: Backbone
+) -> tuple[Estimator | None, AnyReward]:
     """The estimator, and the clean reward: the value's own unless given."""
-    given = None if reward is None else load_reward(reward, device=backbone.device)
+    given = None if reward is None else load_judge(reward, backbone.device)
     if isinstance(value, (str, Path)) and value != "tweedie":
         value = StitchedValue.from_pretrained(value, backbone=backbone, device=backbone.device)
     estimator: Any = Stitched(value) if isinstance(value, StitchedValue) else value
@@ -219,15 +221,10 @@ def _resolve_value(value: Value, reward: str | Reward | None, backbone: Backbone
     return (Tweedie(final) if estimator == "tweedie" else estimator), final
 
 
-def _own_reward(estimator: Any) -> Reward | None:
+def _own_reward(estimator: Any) -> AnyReward | None:
     if isinstance(estimator, Tweedie):
         return estimator.reward
-    if not isinstance(estimator, Stitched):
-        return None
-    if len(estimator.value.names) > 1:
-        names = ", ".join(estimator.value.names)
-        raise ConfigError(f"this value model sums several rewards ({names}); align steers by one of its own.")
-    return estimator.value.reward()
+    return estimator.value.objective() if isinstance(estimator, Stitched) else None
 
 
 def _identity(estimator: Estimator | None) -> Any:

@@ -17,6 +17,7 @@ from .backbone import Backbone
 from .conditions import Condition
 from .errors import ArtefactError
 from .files import make_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from .joint import sum_name
 from .layer import StitchingLayer
 from .loading import load_backbone, load_reward, name_of
 from .provenance import model_identity, versions, weights_digest
@@ -145,7 +146,7 @@ def model_card(config: dict[str, Any]) -> str:
     """The artefact's README with the metadata the hub reads."""
     backbone, rewards = config["backbone"], config["stitches"]
     base = [m.get("repo") for m in (backbone, *(r["identity"] for r in rewards)) if m.get("repo")]
-    names = ", ".join(r["name"] for r in rewards)
+    names = sum_name([r["name"] for r in rewards], [r["weight"] for r in rewards])
     cuts = "; ".join(
         f"after block {config['i']} of {backbone['name']}, before block {r['j']} of {r['name']}" for r in rewards
     )

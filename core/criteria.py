@@ -10,7 +10,7 @@ probe images
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -42,19 +42,27 @@ def closed_form_losses(maps: dict[int, AffineMap], blocks: tuple[int, ...]) -> L
 
 @torch.no_grad()
 def functional_losses(
-    result: SearchResult, reward: Reward, probes: Iterable[Probe], *, positions: bool = False
-) -> dict[tuple[int, int], float]:
-    """``1 - cos`` of the stitched embedding with the clean one, averaged over held-out probes, for every pair."""
-    pairs = [Interface(i, j) for i in result.maps for j in result.blocks]
-    layers = {pair: result.layer(reward, pair) for pair in pairs}
-    total: dict[Interface, float] = defaultdict(float)
+    results: Mapping[str, SearchResult],
+    rewards: Mapping[str, Reward],
+    probes: Iterable[Probe],
+    *,
+    positions: bool = False,
+) -> dict[str, dict[tuple[int, int], float]]:
+    """``1 - cos`` of the stitched embedding with the clean one, averaged over held-out probes, for every reward and
+    pair."""
+    layers = {
+        name: {pair: found.layer(rewards[name], pair) for pair in (Interface(*cell) for cell in found.losses["mse"])}
+        for name, found in results.items()
+    }
+    total: dict[tuple[str, Interface], float] = defaultdict(float)
     images = 0
     for probe in probes:
-        truth = reward.resume(reward.head(probe.pixels, None, 0), 0).embedding
-        for pair, layer in layers.items():
-            prefix = result.prefixes[pair.j].to(truth)
-            state = reward.enter(layer(probe.features[pair.i]), prefix, positions=positions)
-            embedding = reward.resume(state, pair.j - 1).embedding
-            total[pair] += float((1 - F.cosine_similarity(embedding, truth)).sum())
+        for name, reward in rewards.items():
+            truth = reward.resume(reward.head(probe.pixels[name], None, 0), 0).embedding
+            for pair, layer in layers[name].items():
+                prefix = results[name].prefixes[pair.j].to(truth)
+                state = reward.enter(layer(probe.features[pair.i]), prefix, positions=positions)
+                embedding = reward.resume(state, pair.j - 1).embedding
+                total[name, pair] += float((1 - F.cosine_similarity(embedding, truth)).sum())
         images += len(truth)
-    return {(pair.i, pair.j): total[pair] / images for pair in pairs}
+    return {name: {(pair.i, pair.j): total[name, pair] / images for pair in own} for name, own in layers.items()}

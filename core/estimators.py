@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .conditions import Condition
+from .joint import AnyReward
 from .paths import Prediction, as_sigma
-from .reward import Reward
 from .sampling import Denoiser
 from .value import StitchedValue
 
@@ -62,7 +62,7 @@ class Tweedie:
     """The reward of the decoded posterior mean, ``r(D(E[z0 | z_t]))``: needs the denoiser and the decoder, biased by
     Jensen."""
 
-    reward: Reward
+    reward: AnyReward
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, context: Prompted, prediction: Prediction | None = None
@@ -70,11 +70,11 @@ class Tweedie:
         level = as_sigma(sigma, latents)
         z0 = latents if bool((level == 0).all()) else (prediction or context.denoiser(latents, level)).z0
         images = context.denoiser.backbone.decode_latents(z0)
-        return self.reward.score(self.reward.judge(images), context.reward_condition)
+        return self.reward.rate(images, context.reward_condition)
 
 
 @torch.no_grad()
-def clean_reward(latents: Tensor, context: Prompted, reward: Reward) -> tuple[Tensor, Tensor]:
+def clean_reward(latents: Tensor, context: Prompted, reward: AnyReward) -> tuple[Tensor, Tensor]:
     """The final reward ``[B]`` of clean latents and the images ``[B, 3, H, W]`` in [0, 1] it was read from."""
     images = context.denoiser.backbone.decode_latents(latents).clamp(0, 1)
-    return reward.score(reward.judge(images), context.reward_condition), images
+    return reward.rate(images, context.reward_condition), images

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from .backbone import Backbone
+    from .joint import JointReward
     from .reward import Reward
 
     Device = torch.device | str
@@ -163,7 +164,7 @@ def load_dataset_plugin(name: str | DatasetRecord) -> type[Any]:
     return _resolve(record.load, record.name)
 
 
-def name_of(network: Backbone | Reward) -> str:
+def name_of(network: Backbone | Reward | JointReward) -> str:
     """The name a network was loaded under, or its class's when it was built by hand."""
     return str(network.record.name) if network.record is not None else type(network).__name__
 

@@ -16,11 +16,11 @@ from .comparison import mean_stderr
 from .costs import CostMeter
 from .errors import ConfigError
 from .estimators import Estimator, Prompted, clean_reward
-from .loading import load_backbone, load_reward
+from .joint import AnyReward, load_judge
+from .loading import load_backbone
 from .particles import initial_noise
 from .paths import Prediction
 from .progress import track
-from .reward import Reward
 from .sampling import Denoiser, sample
 
 SIGMAS = (0.9, 0.75, 0.5, 0.25, 0.1)
@@ -84,7 +84,7 @@ def closest_steps(sigmas: Tensor, requested: Sequence[float]) -> list[int]:
 def rank_seeds(
     backbone: str | Backbone,
     estimators: Mapping[str, Estimator],
-    reward: str | Reward,
+    reward: str | AnyReward,
     prompts: Sequence[str],
     *,
     seeds: int = 12,
@@ -103,7 +103,7 @@ def rank_seeds(
     """
     if seeds < 2 or not prompts:
         raise ConfigError(f"ranking needs at least one prompt and two seeds, got {len(prompts)} and {seeds}.")
-    network, judge = load_backbone(backbone), load_reward(reward)
+    network, judge = load_backbone(backbone), load_judge(reward)
     side = (resolution or network.native_resolution) // network.latent_factor
     shape = (network.latent_channels, side, side)
     grid = network.sigmas(steps, (side, side))
@@ -121,7 +121,7 @@ def rank_seeds(
     return result
 
 
-def _context(backbone: Backbone, reward: Reward, prompts: Sequence[str], guidance_scale: float) -> Prompted:
+def _context(backbone: Backbone, reward: AnyReward, prompts: Sequence[str], guidance_scale: float) -> Prompted:
     """One sample a prompt."""
     condition = backbone.encode_prompts(list(prompts)).to(backbone.device)
     denoiser = Denoiser(backbone, condition, backbone.null_condition().to(backbone.device), guidance_scale)
@@ -133,7 +133,7 @@ class _Reader:
     """Reads estimators along trajectories and collects what it read, batch by batch."""
 
     estimators: dict[str, Estimator]
-    reward: Reward
+    reward: AnyReward
     grid: Tensor
     levels: list[int]
     rewards: list[Tensor] = attrs.field(factory=list)

@@ -80,6 +80,10 @@ class Reward(Sliced):
         count("reward", len(images))
         return self.resume(self.head(self.preprocess(images.clamp(0, 1)), None, 0), 0)
 
+    def rate(self, images: Tensor, condition: Condition) -> Tensor:
+        """``[B]``: the reward of ``[B, 3, H, W]`` images in [0, 1] against a ready condition."""
+        return self.score(self.judge(images), condition)
+
     def condition(self, prompts: Sequence[str] | Condition | None) -> Condition:
         """What ``score`` needs, from prompts, from a ready condition, or from nothing.
 

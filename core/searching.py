@@ -6,7 +6,7 @@ image's is fitted in closed form. Memory depends on channel counts only, not on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from .criteria import CRITERIA, Criterion, closed_form_losses, functional_losses
 from .errors import ConfigError, DataError
 from .files import write_json
 from .images import ImageSource, open_images
+from .joint import load_rewards
 from .layer import StitchingLayer, resample
-from .loading import load_backbone, load_reward, name_of
+from .loading import load_backbone, name_of
 from .progress import track
 from .regression import AffineMap, RegressionStatistics
 from .reward import Reward, Tail
@@ -38,7 +39,7 @@ JUDGED_EVERY = 4
 
 @attrs.frozen(eq=False)
 class SearchResult:
-    """Every pair's losses, by criterion, and what is needed to build any of them.
+    """Every pair's losses of one reward, by criterion, and what is needed to build any of them.
 
     ``losses[criterion][i, j]``; ``maps[i]`` is the closed-form map to the targets of all ``blocks`` side by side;
     ``prefixes[j]`` the mean prefix tokens ``[P, C]`` at cut ``j - 1``.
@@ -93,6 +94,52 @@ class SearchResult:
         write_json(path, self.report())
 
 
+@attrs.frozen(eq=False)
+class JointSearch:
+    """Several rewards' results from one pass over the probe set; their value model shares one head.
+
+    A backbone cut is judged by the sum over rewards of each one's criterion, every reward entered at the block that is
+    best for it there. The rewards' weights play no part: each branch is to be as good as it can.
+    """
+
+    results: dict[str, SearchResult]
+
+    @property
+    def loss(self) -> dict[int, float]:
+        """``loss[i]``: the sum over rewards at backbone cut ``i``."""
+        cuts = next(iter(self.results.values())).maps
+        return {i: sum(found.loss[i, self._block(found, i)] for found in self.results.values()) for i in cuts}
+
+    @property
+    def best(self) -> dict[str, Interface]:
+        """Where to cut for each reward: at the common ``i`` of lowest loss."""
+        i = min(self.loss, key=self.loss.__getitem__)
+        return {name: Interface(i, self._block(found, i)) for name, found in self.results.items()}
+
+    @staticmethod
+    def _block(found: SearchResult, i: int) -> int:
+        return min(found.blocks, key=lambda j: found.loss[i, j])
+
+    def report(self) -> dict[str, Any]:
+        """JSON-able: the common best cut, the sum by backbone cut and each reward's own report; of a single reward its
+        own report."""
+        reports = [found.report() for found in self.results.values()]
+        if len(reports) == 1:
+            return reports[0]
+        shared = {key: reports[0][key] for key in ("backbone", "criterion", "probes")}
+        best = {"i": next(iter(self.best.values())).i, "j": {name: cut.j for name, cut in self.best.items()}}
+        loss = [{"i": i, "loss": loss} for i, loss in self.loss.items()]
+        return {**shared, "best": best, "loss": loss, "rewards": reports}
+
+    def save(self, path: Path) -> None:
+        """Write ``report()`` as JSON, atomically."""
+        write_json(path, self.report())
+
+
+Blocks = Sequence[int] | Mapping[str, Sequence[int]] | None
+"""Reward blocks to enter before: the same for all rewards, or by reward; by default the first four of each."""
+
+
 def search(
     backbone: str | Backbone,
     reward: str | Reward,
@@ -118,30 +165,60 @@ def search(
     Raises ``ConfigError`` for an unknown criterion, ``SliceError`` for a cut out of range, ``DataError`` for fewer
     than four images.
     """
+    joint = search_jointly(
+        backbone, [reward], images=images, cuts=cuts, blocks=blocks, probes=probes, criterion=criterion,
+        positions=positions, resolution=resolution, batch=batch, seed=seed, progress=progress,
+    )  # fmt: skip
+    (result,) = joint.results.values()
+    return result
+
+
+def search_jointly(
+    backbone: str | Backbone,
+    rewards: Sequence[str | Reward] | Mapping[str, Reward],
+    *,
+    images: Any,
+    cuts: Sequence[int] | None = None,
+    blocks: Blocks = None,
+    probes: int = 200,
+    criterion: Criterion = "functional",
+    positions: bool = False,
+    resolution: int | None = None,
+    batch: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> JointSearch:
+    """:func:`search` for several rewards at once: images are encoded, noised and passed through the backbone once."""
     if criterion not in CRITERIA:
         raise ConfigError(f"unknown search criterion {criterion!r}; choose one of {', '.join(CRITERIA)}.")
-    backbone, reward = load_backbone(backbone), load_reward(reward)
+    backbone, loaded = load_backbone(backbone), load_rewards(rewards)
     cuts = tuple(range(1, backbone.depth + 1)) if cuts is None else tuple(cuts)
-    blocks = tuple(range(1, min(DEEPEST_BLOCK, reward.depth) + 1)) if blocks is None else tuple(blocks)
     for cut in cuts:
         backbone.check_cut(cut)
-    for j in blocks:
+    entered = {name: _blocks(reward, name, blocks) for name, reward in loaded.items()}
+    stream = ProbeStream(backbone, loaded, open_images(images, probes), cuts, probes, resolution, batch, seed, progress)
+    fits = _fit(stream, entered)
+    results = {name: fit.result(name_of(backbone), name, criterion, stream.seen) for name, fit in fits.items()}
+    judged = functional_losses(results, loaded, stream.batches(held=True), positions=positions)
+    for name, losses in judged.items():
+        results[name].losses["functional"] = losses
+    return JointSearch(results)
+
+
+def _blocks(reward: Reward, name: str, blocks: Blocks) -> tuple[int, ...]:
+    """The blocks of one reward to try, checked."""
+    asked = blocks.get(name) if isinstance(blocks, Mapping) else blocks
+    chosen = tuple(range(1, min(DEEPEST_BLOCK, reward.depth) + 1)) if asked is None else tuple(asked)
+    for j in chosen:
         reward.check_cut(j - 1, lowest=0)
-    stream = ProbeStream(backbone, reward, open_images(images, probes), cuts, probes, resolution, batch, seed, progress)
-    maps, prefixes = _fit(stream, blocks)
-    result = SearchResult(
-        name_of(backbone), name_of(reward), criterion, blocks, closed_form_losses(maps, blocks), maps, prefixes,
-        stream.seen,
-    )  # fmt: skip
-    result.losses["functional"] = functional_losses(result, reward, stream.batches(held=True), positions=positions)
-    return result
+    return chosen
 
 
 @attrs.frozen(eq=False)
 class Probe:
-    """A batch of the probe set: the clean images' pixels for the reward and the noisy latents' features by cut."""
+    """A batch of the probe set: the clean images' pixels by reward and the noisy latents' features by cut."""
 
-    pixels: Tensor
+    pixels: dict[str, Tensor]
     features: dict[int, Tensor]
 
 
@@ -150,7 +227,7 @@ class ProbeStream:
     """Probe batches, the same noise every time: image ``n`` has its own noise and level, drawn from ``(seed, n)``."""
 
     backbone: Backbone
-    reward: Reward
+    rewards: Mapping[str, Reward]
     source: ImageSource
     cuts: tuple[int, ...]
     probes: int
@@ -177,7 +254,7 @@ class ProbeStream:
             images = chunk[rows].to(self.backbone.device)
             noisy = self._noisy(images, [stream_seed(self.seed, numbers[row]) for row in rows])
             features = dict(_features(self.backbone, noisy, null.expand(len(rows)), self.cuts))
-            yield Probe(self.reward.preprocess(images), features)
+            yield Probe({name: reward.preprocess(images) for name, reward in self.rewards.items()}, features)
 
     def _noisy(self, images: Tensor, seeds: list[int]) -> Any:
         clean = self.backbone.encode_images(images)
@@ -200,25 +277,48 @@ def _features(backbone: Backbone, noisy: Any, null: Any, cuts: tuple[int, ...]) 
             return
 
 
-def _fit(stream: ProbeStream, blocks: tuple[int, ...]) -> tuple[dict[int, AffineMap], dict[int, Tensor]]:
-    """Closed-form maps by cut and mean prefix tokens by block."""
-    fits = {cut: RegressionStatistics() for cut in stream.cuts}
-    prefix_sums: dict[int, Tensor] = {}
-    images = 0
+@attrs.define(eq=False)
+class _Fit:
+    """One reward's running statistics: a regression a backbone cut, and its prefix tokens a block."""
+
+    reward: Reward
+    blocks: tuple[int, ...]
+    statistics: dict[int, RegressionStatistics]
+    images: int = 0
+    prefix_sums: dict[int, Tensor] = attrs.field(factory=dict)
+
+    def add(self, pixels: Tensor, features: Mapping[int, Tensor]) -> None:
+        states = dict(_states(self.reward, pixels, self.blocks))
+        targets = torch.cat([_rows(self.reward.grid(states[j])) for j in self.blocks], dim=1)
+        for j in self.blocks:
+            tokens = self.reward.prefix(states[j]).double().sum(0)
+            self.prefix_sums[j] = self.prefix_sums[j] + tokens if j in self.prefix_sums else tokens
+        for cut, grid in features.items():
+            self.statistics[cut].add(_rows(resample(grid, self.reward.grid_size)), targets)
+        self.images += len(pixels)
+
+    def result(self, backbone: str, name: str, criterion: Criterion, probes: int) -> SearchResult:
+        """The closed-form maps, mean prefix tokens and what comes with the fit; the functional losses are not in it."""
+        maps = {cut: found.solve() for cut, found in self.statistics.items()}
+        prefixes = {j: total / self.images for j, total in self.prefix_sums.items()}
+        losses = closed_form_losses(maps, self.blocks)
+        return SearchResult(backbone, name, criterion, self.blocks, losses, maps, prefixes, probes)
+
+
+def _fit(stream: ProbeStream, blocks: Mapping[str, tuple[int, ...]]) -> dict[str, _Fit]:
+    """Every reward's regressions, from one pass over the images to fit on."""
+    fits = {
+        name: _Fit(reward, blocks[name], {cut: RegressionStatistics() for cut in stream.cuts})
+        for name, reward in stream.rewards.items()
+    }
     for probe in stream.batches(held=False):
-        states = dict(_states(stream.reward, probe.pixels, blocks))
-        targets = torch.cat([_rows(stream.reward.grid(states[j])) for j in blocks], dim=1)
-        for j in blocks:
-            tokens = stream.reward.prefix(states[j]).double().sum(0)
-            prefix_sums[j] = prefix_sums[j] + tokens if j in prefix_sums else tokens
-        for cut, grid in probe.features.items():
-            fits[cut].add(_rows(resample(grid, stream.reward.grid_size)), targets)
-        images += len(probe.pixels)
+        for name, fit in fits.items():
+            fit.add(probe.pixels[name], probe.features)
     if stream.seen < JUDGED_EVERY:
         raise DataError(
             f"search needs at least {JUDGED_EVERY} probe images, {stream.source.name!r} gave {stream.seen}."
         )
-    return {cut: fit.solve() for cut, fit in fits.items()}, {j: t / images for j, t in prefix_sums.items()}
+    return fits
 
 
 def _states(reward: Reward, pixels: Tensor, blocks: tuple[int, ...]) -> Iterator[tuple[int, Any]]:

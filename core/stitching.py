@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,25 @@ from .examples import Examples, GenerationSettings, build_examples, cache_key, f
 from .files import make_folder
 from .finetune import FinetuneSettings, finetune
 from .images import ImageSource, open_images
-from .loading import load_backbone, load_reward, name_of
+from .joint import checked_weights, load_rewards
+from .loading import load_backbone, name_of
 from .provenance import model_identity
 from .reward import Reward
-from .searching import SearchResult, search
+from .searching import JointSearch, SearchResult, search_jointly
 from .slicing import Head
-from .value import Interface, StitchedValue
+from .value import Branch, Interface, StitchedValue
 
 
 @attrs.frozen(kw_only=True)
 class StitchSettings:
     """What :func:`stitch` does beside the recipe.
 
-    ``interface`` skips the choice (the map is still fitted); ``cuts`` and ``blocks`` bound the search; ``count`` real
-    images and ``samples`` generated ones feed stage 2; ``resolution`` in image pixels (default the backbone's own).
+    ``interface`` skips the choice (the map is still fitted): backbone cut ``i`` and a block ``j`` for each reward;
+    ``cuts`` and ``blocks`` bound the search; ``count`` real images and ``samples`` generated ones feed stage 2;
+    ``resolution`` in image pixels (default the backbone's own).
     """
 
-    interface: tuple[int, int] | None = None
+    interface: tuple[int, ...] | None = None
     cuts: tuple[int, ...] | None = None
     blocks: tuple[int, ...] | None = None
     probes: int = attrs.field(default=200, validator=attrs.validators.gt(0))
@@ -51,23 +53,26 @@ class StitchSettings:
 
 def stitch(
     backbone: str | Backbone,
-    reward: str | Reward,
+    reward: str | Reward | Sequence[str | Reward],
     *,
     images: Any,
     out: str | Path | None = None,
     work: str | Path | None = None,
+    weights: Sequence[float] | None = None,
     prompts: Sequence[str] | None = None,
     recipe: FinetuneSettings | None = None,
-    searched: SearchResult | None = None,
+    searched: SearchResult | JointSearch | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> StitchedValue:
     """Search every interface, build the best one, finetune it and save it to ``out``.
 
-    ``images`` is a folder, a dataset or tensors (:func:`open_images`). ``work`` keeps the search, the caches and the
-    checkpoint, so that an interrupted call goes on where it stopped (default ``out/work``; without either, a temporary
-    folder). ``prompts`` are what generated examples are drawn for (default: the null prompt). ``searched`` is the
-    result of an earlier :func:`search`. ``settings`` are the fields of :class:`StitchSettings`.
+    Several rewards share one head, cut where the sum of their criteria is lowest; the value is their sum with
+    ``weights`` (1 each by default). ``images`` is a folder, a dataset or tensors (:func:`open_images`). ``work`` keeps
+    the search, the caches and the checkpoint, so that an interrupted call goes on where it stopped (default
+    ``out/work``; without either, a temporary folder). ``prompts`` are what generated examples are drawn for (default:
+    the null prompt). ``searched`` is the result of an earlier :func:`search` or :func:`search_jointly`. ``settings``
+    are the fields of :class:`StitchSettings`.
 
     Raises ``UnknownNameError``, ``ConfigError``, ``DataError``, ``WeightsError``, ``OutputError``,
     ``NonFiniteError``, each saying what to do.
@@ -78,18 +83,21 @@ def stitch(
     if work is None and folder is None:
         with tempfile.TemporaryDirectory(prefix="stitchvm-") as temporary:
             return stitch(
-                backbone, reward, images=images, work=temporary, prompts=prompts, recipe=recipe, searched=searched,
-                progress=progress, **settings,
+                backbone, reward, images=images, work=temporary, weights=weights, prompts=prompts, recipe=recipe,
+                searched=searched, progress=progress, **settings,
             )  # fmt: skip
     work = make_folder(work if work is not None else folder / "work")  # type: ignore[operator]
-    backbone, reward, source = load_backbone(backbone), load_reward(reward), open_images(images, chosen.count)
+    backbone, rewards, source = load_backbone(backbone), load_rewards(reward), open_images(images, chosen.count)
+    weights = checked_weights(tuple(rewards), weights)
+    fixed = _fixed(chosen.interface, rewards)
     with CostMeter() as cost:
-        result = searched or run_search(backbone, reward, source, chosen, progress)
-        interface = Interface(*chosen.interface) if chosen.interface else result.best
-        value = initial_value(backbone, reward, result, interface, positions=chosen.positions)
-        real, generated = training_examples(backbone, reward, source, prompts, recipe, chosen, work, progress)
-        run = {"interface": attrs.asdict(interface), "positions": chosen.positions, "recipe": attrs.asdict(recipe),
-               "pair": [model_identity(backbone), model_identity(reward)], "images": source.fingerprint()}  # fmt: skip
+        result = _known(searched, rewards) or run_search(backbone, rewards, source, chosen, progress)
+        cuts = fixed or result.best
+        value = joined(backbone, rewards, result.results, cuts, weights, positions=chosen.positions)
+        real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress)
+        run = {"interface": {"i": value.head.cut, "j": _one_or_all([cut.j for cut in cuts.values()])},
+               "positions": chosen.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
+               "pair": [model_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
         checkpoint = work / f"finetune-{cache_key(run)}"
         losses = finetune(value, real, recipe, samples=generated, checkpoint=checkpoint, progress=progress)
     value.requires_grad_(False)
@@ -113,35 +121,81 @@ def _settings(given: dict[str, Any]) -> StitchSettings:
     return StitchSettings(**given)
 
 
+def _fixed(interface: tuple[int, ...] | None, rewards: Mapping[str, Reward]) -> dict[str, Interface] | None:
+    """A given interface by reward: ``(i, j, ...)``, one block a reward in their order."""
+    if interface is None:
+        return None
+    if len(interface) != 1 + len(rewards):
+        raise ConfigError(
+            f"interface is {tuple(interface)}; give a backbone cut and one block for each of {', '.join(rewards)}."
+        )
+    return {name: Interface(interface[0], j) for name, j in zip(rewards, interface[1:], strict=True)}
+
+
+def _known(searched: SearchResult | JointSearch | None, rewards: Mapping[str, Reward]) -> JointSearch | None:
+    """An earlier search; :class:`ConfigError` when it was for other rewards."""
+    if searched is None:
+        return None
+    joint = JointSearch({searched.reward: searched}) if isinstance(searched, SearchResult) else searched
+    if set(joint.results) != set(rewards):
+        raise ConfigError(f"the search was for {', '.join(joint.results)}, but the value is for {', '.join(rewards)}.")
+    return JointSearch({name: joint.results[name] for name in rewards})
+
+
 def run_search(
-    backbone: Backbone, reward: Reward, source: ImageSource, settings: StitchSettings, progress: bool = True
-) -> SearchResult:
+    backbone: Backbone,
+    rewards: Mapping[str, Reward],
+    source: ImageSource,
+    settings: StitchSettings,
+    progress: bool = True,
+) -> JointSearch:
     """Stage 1 under these settings; a fixed ``interface`` is only fitted, not compared."""
-    cuts: tuple[int, ...] | None = settings.cuts
-    blocks: tuple[int, ...] | None = settings.blocks
-    if settings.interface is not None:
-        cuts, blocks = (settings.interface[0],), (settings.interface[1],)
-    return search(
-        backbone, reward, images=source, cuts=cuts, blocks=blocks, probes=settings.probes, criterion=settings.criterion,
-        positions=settings.positions, resolution=settings.resolution, batch=settings.batch, seed=settings.seed,
-        progress=progress,
+    cuts: Sequence[int] | None = settings.cuts
+    blocks: Any = settings.blocks
+    if (fixed := _fixed(settings.interface, rewards)) is not None:
+        cuts, blocks = settings.interface[:1], {name: (cut.j,) for name, cut in fixed.items()}  # type: ignore[index]
+    return search_jointly(
+        backbone, rewards, images=source, cuts=cuts, blocks=blocks, probes=settings.probes,
+        criterion=settings.criterion, positions=settings.positions, resolution=settings.resolution,
+        batch=settings.batch, seed=settings.seed, progress=progress,
     )  # fmt: skip
+
+
+def joined(
+    backbone: Backbone,
+    rewards: Mapping[str, Reward],
+    results: Mapping[str, SearchResult],
+    cuts: Mapping[str, Interface],
+    weights: Sequence[float] | None = None,
+    *,
+    positions: bool = False,
+) -> StitchedValue:
+    """The closed-form value model before stage 2: one head, one branch a reward, cut at ``cuts`` (of one ``i``)."""
+    branches: dict[str, Branch] = {}
+    for name, reward in rewards.items():
+        branches[name] = results[name].branch(reward, cuts[name], positions=positions)
+        for parameter in branches[name].parameters():
+            parameter.requires_grad_(True)
+    (i,) = {cut.i for cut in cuts.values()}
+    return StitchedValue(Head(backbone, i), branches, backbone.null_condition(), weights, rewards)
 
 
 def initial_value(
     backbone: Backbone, reward: Reward, result: SearchResult, interface: Interface, *, positions: bool = False
 ) -> StitchedValue:
-    """The closed-form value model at one interface, before stage 2."""
-    branch = result.branch(reward, interface, positions=positions)
-    for parameter in branch.parameters():
-        parameter.requires_grad_(True)
+    """The closed-form value model of one reward at one interface, before stage 2."""
     name = name_of(reward)
-    return StitchedValue(Head(backbone, interface.i), {name: branch}, backbone.null_condition(), rewards={name: reward})
+    return joined(backbone, {name: reward}, {name: result}, {name: interface}, positions=positions)
+
+
+def _one_or_all(entries: Sequence[Any]) -> Any:
+    """The only entry, or all of them: what keys are made of, so that those of one reward are what they always were."""
+    return entries[0] if len(entries) == 1 else list(entries)
 
 
 def training_examples(
     backbone: Backbone,
-    reward: Reward,
+    rewards: Mapping[str, Reward],
     source: ImageSource,
     prompts: Sequence[str] | None,
     recipe: FinetuneSettings,
@@ -149,10 +203,10 @@ def training_examples(
     work: Path,
     progress: bool = True,
 ) -> tuple[Examples | None, Examples | None]:
-    """The caches of real and generated examples that the recipe's mix needs."""
+    """The caches of real and generated examples that the recipe's mix needs, with the targets of all rewards."""
     side = settings.resolution or backbone.native_resolution
-    pair = {"backbone": model_identity(backbone), "reward": model_identity(reward), "resolution": side}
-    rewards = {name_of(reward): reward}
+    judges = _one_or_all([model_identity(reward) for reward in rewards.values()])
+    pair = {"backbone": model_identity(backbone), "reward": judges, "resolution": side}
     real = generated = None
     if recipe.generated < 1:
         key = {**pair, "images": source.fingerprint(), "count": settings.count}

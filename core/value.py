@@ -19,8 +19,9 @@ from .conditions import Condition
 from .costs import count
 from .errors import ArtefactError, ConfigError, SliceError
 from .files import read_json
+from .joint import Given, JointReward, checked_weights, shares
 from .layer import StitchingLayer
-from .reward import Reward, RewardOutput, Tail
+from .reward import ConditionKind, Reward, RewardOutput, Tail
 from .slicing import Head
 
 
@@ -67,9 +68,7 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         self.head = head.requires_grad_(False).eval()
         self.names = tuple(branches)
         self.branches = nn.ModuleList(branches.values())
-        self.weights = tuple(weights or [1.0] * len(self.names))
-        if len(self.weights) != len(self.names):
-            raise ConfigError(f"{len(self.names)} rewards ({', '.join(self.names)}) but {len(self.weights)} weights.")
+        self.weights = checked_weights(self.names, weights)
         self.null = null
         self.provenance = provenance or Provenance()
         # a plain dict, so that the clean rewards are neither trained nor saved with the value model
@@ -154,40 +153,32 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         count("tail", len(features) * len(self.names))
         return {name: branch(features) for name, branch in zip(self.names, self.branches, strict=True)}
 
-    def forward(
-        self,
-        latents: Tensor,
-        sigma: float | Tensor,
-        condition: Condition | Sequence[str] | Mapping[str, Condition] | None = None,
-    ) -> Tensor:
+    def forward(self, latents: Tensor, sigma: float | Tensor, condition: Given = None) -> Tensor:
         """``[B]``: the weighted sum of the rewards' values, differentiable in ``latents [B, C, h, w]``.
 
-        ``condition`` is what the reward compares with: prompts, its ready-made condition (both of one sample or B), a
-        mapping from reward name to condition for several, or None for a reward that needs none.
+        ``condition`` is what the rewards compare with: prompts (given once for all rewards that read some), a ready
+        condition (both of one sample or B), a mapping from reward name to either, or None for rewards that need none.
 
         Raises ``SliceError`` for wrong latents, ``NoiseLevelError`` for a sigma outside [0, 1], ``ConfigError`` for a
         missing or surplus condition.
         """
+        parts = shares(condition, self._kinds())
+        ready = {name: self._ready(name, part) for name, part in parts.items()}  # a mistake here costs no pass
         values = []
         for (name, output), weight in zip(self.outputs(latents, sigma).items(), self.weights, strict=True):
-            ready = self.condition(condition, name).to(latents.device).expand(len(latents))
-            values.append(weight * self._scorer(name).score(output, ready))
+            own = ready[name].to(latents.device).expand(len(latents))
+            values.append(weight * self._scorer(name).score(output, own))
         return torch.stack(values).sum(0)
 
-    def condition(
-        self, condition: Condition | Sequence[str] | Mapping[str, Condition] | None, name: str | None = None
-    ) -> Condition:
-        """The (first) reward's condition, encoding prompts with its text side."""
+    def condition(self, condition: Given, name: str | None = None) -> Condition:
+        """The (first) reward's part of a condition for all, encoding prompts with its text side."""
         name = name or self.names[0]
-        if isinstance(condition, Mapping):
-            if name not in condition:
-                raise ConfigError(f"no condition for reward {name!r}; given: {', '.join(condition) or 'none'}.")
-            return condition[name]
-        if isinstance(condition, str):
-            raise ConfigError("condition is a single string; give a list of prompts, one a latent or one for all.")
-        if condition is None or isinstance(condition, Condition):
-            return self._scorer(name).condition(condition)
-        return self.reward(name).condition(condition)
+        return self._ready(name, shares(condition, self._kinds())[name])
+
+    def objective(self) -> Reward | JointReward:
+        """What the value estimates of clean images: the reward, or the weighted sum of several."""
+        rewards = {name: self.reward(name) for name in self.names}
+        return self.reward() if self.weights == (1.0,) else JointReward(rewards, self.weights)
 
     def reward(self, name: str | None = None) -> Reward:
         """The clean reward behind the (first) branch."""
@@ -195,6 +186,14 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         if name not in self._rewards:
             raise ConfigError(f"reward {name!r} is not attached to this value model; pass it when building the model.")
         return self._rewards[name]
+
+    def _kinds(self) -> dict[str, ConditionKind]:
+        return {name: self._scorer(name).condition_kind for name in self.names}
+
+    def _ready(self, name: str, given: Any) -> Condition:
+        """One reward's condition; a tail can take a ready one, to encode something needs the whole reward."""
+        whole = given is not None and not isinstance(given, Condition)
+        return (self.reward(name) if whole else self._scorer(name)).condition(given)
 
     def _branch(self, name: str) -> Branch:
         if name not in self.names:

@@ -296,7 +296,7 @@ def test_settings_on_the_command_line():
 def stitchvm(monkeypatch, capsys):
     """Runs the command with the analytic networks behind the names; returns exit code, output and errors."""
     monkeypatch.setattr("stitchvm.core.alignment.load_backbone", lambda name: GaussianBackbone())
-    monkeypatch.setattr("stitchvm.core.alignment.load_reward", lambda name, device: LinearReward())
+    monkeypatch.setattr("stitchvm.core.joint.load_reward", lambda name, device: LinearReward())
 
     def run_command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["stitchvm", *arguments])

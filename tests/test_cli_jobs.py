@@ -83,7 +83,7 @@ def test_search_writes_and_prints_the_grid(run, tmp_path):
     assert (tmp_path / "interface.png").stat().st_size > 1000
     code, out, _ = run("search", *PAIR, "--probes", 8, "--cuts", "2-3", "--blocks", "1", "--criterion", "mse")
     assert code == 0
-    assert "cut i" in out and "Best on 8 images: after backbone block" in out
+    assert "cut i" in out and "Best for tiny-clip on 8 images: after backbone block" in out
 
 
 def test_stitch_evaluate_align_and_compare(run, tmp_path):

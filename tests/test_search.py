@@ -61,11 +61,11 @@ def test_search_fits_every_pair_by_least_squares_on_cached_features() -> None:
     from stitchvm.core.images import open_images
     from stitchvm.core.searching import ProbeStream
 
-    stream = ProbeStream(backbone, reward, open_images(list(images(64))), (2,), 64, None, 8, 0, False)
+    stream = ProbeStream(backbone, {"x": reward}, open_images(list(images(64))), (2,), 64, None, 8, 0, False)
     sources, targets = [], []
     for probe in stream.batches(held=False):
         sources.append(probe.features[2].permute(0, 2, 3, 1).flatten(0, 2))
-        state = reward.head(probe.pixels, None, 1)
+        state = reward.head(probe.pixels["x"], None, 1)
         targets.append(reward.grid(state).permute(0, 2, 3, 1).flatten(0, 2))
     source, target = torch.cat(sources).double(), torch.cat(targets).double()
     design = torch.cat([source, torch.ones(len(source), 1, dtype=torch.float64)], 1)

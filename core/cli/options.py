@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ..images import ImageSource
 
 BackboneName = Annotated[str, typer.Argument(metavar="BACKBONE", help="A backbone of 'stitchvm list'.")]
-RewardName = Annotated[str, typer.Argument(metavar="REWARD", help="A reward of 'stitchvm list'.")]
+RewardNames = Annotated[
+    str, typer.Argument(metavar="REWARD", help="A reward of 'stitchvm list', or several separated by commas.")
+]
 Images = Annotated[
     str, typer.Option(metavar="SRC", help="A dataset of 'stitchvm list', an image folder, or a Hugging Face dataset.")
 ]
@@ -20,6 +22,22 @@ Cuts = Annotated[
     str | None, typer.Option(metavar="LIST", help="Backbone cuts to try, such as 2,4-8 (default: after every block).")
 ]
 Blocks = Annotated[str, typer.Option(metavar="LIST", help="Reward blocks to try entering before, such as 1-4.")]
+
+
+def names(text: str, argument: str) -> tuple[str, ...]:
+    """``"hpsv2,aesthetic"`` as a tuple of names; :class:`ConfigError` names the argument."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise ConfigError(f"{argument} is {text!r}; write one name, or several such as hpsv2,aesthetic.")
+    return found
+
+
+def reals(text: str, option: str) -> tuple[float, ...]:
+    """``"1,0.5"`` as numbers; :class:`ConfigError` names the option."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} is {text!r}; write numbers, such as 1,0.5.") from error
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, Blocks, Cuts, Images, RewardName, numbers, warn_skipped
+from .options import BackboneName, Blocks, Cuts, Images, RewardNames, names, numbers, reals, warn_skipped
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,9 +22,12 @@ _SAME = "(default: the recipe's)"
 
 def command(
     backbone: BackboneName,
-    reward: RewardName,
+    reward: RewardNames,
     images: Images,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the value model goes; a rerun continues there.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Of the rewards in the value, such as 1,0.5 (default: 1 each).")
+    ] = None,
     recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="paper, full, quick, or a TOML file.")] = "paper",
     steps: Annotated[int | None, typer.Option(help=f"Finetune steps {_SAME}.")] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"Latents a step {_SAME}.")] = None,
@@ -39,7 +43,9 @@ def command(
         str | None,
         typer.Option(metavar="SRC", help="What they are drawn for: a dataset or a text file (default: no prompt)."),
     ] = None,
-    interface: Annotated[str | None, typer.Option(metavar="I,J", help="Cut here, without a search.")] = None,
+    interface: Annotated[
+        str | None, typer.Option(metavar="I,J", help="Cut here, without a search; one J for each reward.")
+    ] = None,
     vae: Annotated[bool, typer.Option("--vae", help="VAE stitching, the baseline: cut at the latent itself.")] = False,
     cuts: Cuts = None,
     blocks: Blocks = "1-4",
@@ -47,7 +53,10 @@ def command(
     criterion: Annotated[str, typer.Option(help="functional, unexplained or mse.")] = "functional",
     as_json: Json = False,
 ) -> None:
-    """Make a value model: search the best cuts, join the halves, finetune, save."""
+    """Make a value model: search the best cuts, join the halves, finetune, save.
+
+    Several rewards share one head; the value is their weighted sum.
+    """
     from ..examples import GenerationSettings
     from ..images import open_images
     from ..prompts import open_prompts
@@ -60,8 +69,9 @@ def command(
     source = open_images(images, count)
     asked = None if prompts is None else open_prompts(prompts, samples)
     value = stitch(
-        backbone, reward, images=source, out=out, prompts=asked, recipe=settings, count=count, samples=samples,
-        generation=GenerationSettings(steps=sampling_steps), probes=probes, criterion=criterion, seed=settings.seed,
+        backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
+        weights=None if weights is None else reals(weights, "--weights"), samples=samples, probes=probes,
+        generation=GenerationSettings(steps=sampling_steps), criterion=criterion, seed=settings.seed,
         **_where(interface, vae, cuts, blocks),
     )  # fmt: skip
     warn_skipped(source)
@@ -97,10 +107,9 @@ def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str) -> d
     if sum((interface is not None, vae, cuts is not None)) > 1:
         raise ConfigError("--interface, --vae and --cuts each say where to cut; give one of them.")
     if interface is not None:
-        pair = numbers(interface, "--interface")
-        if interface.count(",") != 1 or "-" in interface:
+        if not re.fullmatch(r"\d+(,\d+)+", interface):
             raise ConfigError(f"--interface is {interface!r}; write backbone cut and reward block, such as 4,1.")
-        return {"interface": (pair[0], pair[-1])}
+        return {"interface": tuple(int(part) for part in interface.split(","))}
     entered = {"blocks": numbers(blocks, "--blocks")}
     if vae:
         return {"cuts": (LATENT,), "blocks": (1,)}
@@ -108,10 +117,12 @@ def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str) -> d
 
 
 def _report(value: StitchedValue, out: Path) -> dict[str, Any]:
-    interface, made = value.interface(), value.provenance
+    blocks, made = {name: value.interface(name).j for name in value.names}, value.provenance
+    entered = value.interface().j if len(blocks) == 1 else blocks
     return {
-        "out": str(out), "interface": {"i": interface.i, "j": interface.j}, "recipe": made.recipe,
-        "metrics": made.metrics, "cost": made.cost, "seed": made.seed,
+        "out": str(out), "interface": {"i": value.head.cut, "j": entered}, "recipe": made.recipe,
+        "weights": dict(zip(value.names, value.weights, strict=True)), "metrics": made.metrics, "cost": made.cost,
+        "seed": made.seed,
     }  # fmt: skip
 
 
@@ -119,6 +130,7 @@ def _print(report: dict[str, Any]) -> None:
     from ..plots import place
 
     i, j = report["interface"]["i"], report["interface"]["j"]
-    facts = {"cut": f"{place(i)}, before reward block {j}", **report["metrics"], **report["cost"]}
+    blocks = ", ".join(f"{block} of {name}" for name, block in j.items()) if isinstance(j, dict) else j
+    facts = {"cut": f"{place(i)}, before reward block {blocks}", **report["metrics"], **report["cost"]}
     rows = [(str(key).replace("_", " "), str(fact)) for key, fact in facts.items()]
     print_table(("value model", report["out"]), rows)

@@ -96,10 +96,10 @@ class OpenClipReward(Reward):
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """``{"text": [B, D]}``: L2-normalised text embeddings, without gradient.
 
-        Raises :class:`ConfigError` for an empty list or a bare string, and for a tail, which has no text tower.
+        Raises :class:`ConfigError` for anything but a list of strings, and for a tail, which has no text tower.
         """
-        if not isinstance(prompts, list) or not prompts:
-            raise ConfigError(f"encode_prompts takes a list of at least one prompt, got {prompts!r}.")
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError(f"encode_prompts takes a list of at least one prompt, got {str(prompts)[:80]}.")
         if self.companions is None:
             raise ConfigError("this part of a CLIP has no text tower; encode the prompts with the whole reward.")
         return Condition({"text": self.companions(list(prompts), self.device)})
