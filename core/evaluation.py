@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError
-from .loading import load_backbone
+from .loading import load_backbone, name_of
 from .progress import track
 from .reward import Reward
 from .sampling import seeded_noise
@@ -125,12 +125,33 @@ def retrieval(
     pairs = [(name, sigma) for name in models for sigma in sigmas]
     recalls: dict[str, list[Recall]] = {name: [] for name in models}
     for name, sigma in track(pairs, "retrieval", len(pairs), progress):
-        embeddings = noisy_embeddings(models[name], latents, sigma, batch=batch, seed=seed)
+        branch = _branch(models[name], reward)
+        embeddings = noisy_embeddings(models[name], latents, sigma, batch=batch, seed=seed, name=branch)
         recalls[name].append(recall_at_one(embeddings, texts.cpu(), captions))
     return Retrieval(
         tuple(sigmas), recall_at_one(clean.cpu(), texts.cpu(), captions),
         {name: tuple(found) for name, found in recalls.items()}, len(captions),
     )  # fmt: skip
+
+
+def _branch(value: StitchedValue, reward: Reward) -> str:
+    """Which of a value model's branches stands for ``reward``: the one of its name, or the only one."""
+    if name_of(reward) in value.names:
+        return name_of(reward)
+    if len(value.names) == 1:
+        return value.names[0]
+    raise ConfigError(f"this value model reads {', '.join(value.names)}, not {name_of(reward)}.")
+
+
+def chosen_reward(value: StitchedValue, name: str | None) -> Reward:
+    """The reward to measure a value model by: the named one, or its only one.
+
+    Raises :class:`ConfigError` when there are several and none is named, or for one it does not read.
+    """
+    if (name is None and len(value.names) > 1) or (name is not None and name not in value.names):
+        asked = "say which" if name is None else f"{name!r} is none of them"
+        raise ConfigError(f"this value model reads {', '.join(value.names)}; {asked}, one reward at a time.")
+    return value.reward(name)
 
 
 def _texts(condition: Condition) -> Tensor:
@@ -145,16 +166,18 @@ def evaluate(
     images: Tensor,
     captions: Sequence[str],
     backbone: str | Backbone | None = None,
+    reward: str | None = None,
     sigmas: Sequence[float] = SIGMAS,
     batch: int = 64,
     seed: int = 0,
     progress: bool = True,
 ) -> Retrieval:
     """:func:`retrieval` of one value model, under the name ``stitched``; ``backbone`` (default: its own) encodes the
-    images."""
+    images, ``reward`` says which of several is measured."""
+    judge = chosen_reward(value, reward)
     record = value.head.part.record
     encoder = load_backbone(backbone if backbone is not None else record.name)
     return retrieval(
-        encoder, value.reward(), {"stitched": value}, images, captions, sigmas=sigmas, batch=batch, seed=seed,
+        encoder, judge, {"stitched": value}, images, captions, sigmas=sigmas, batch=batch, seed=seed,
         progress=progress,
     )  # fmt: skip

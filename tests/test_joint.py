@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analytic import GaussianBackbone, LinearReward, QuadraticReward, exact_stitched
 from stitchvm import core
-from stitchvm.core import Condition, ConfigError, CostMeter, JointReward, StitchedValue, artefact
+from stitchvm.core import Condition, ConfigError, CostMeter, JointReward, StitchedValue, artefact, evaluation
 from stitchvm.core.examples import Examples
 from stitchvm.core.finetune import FinetuneSettings
 from stitchvm.core.stitching import joined
@@ -329,3 +329,39 @@ def test_what_a_joint_reward_compares_with() -> None:
         JointReward([twin(AESTHETIC), twin(HPS)], [1, 2, 3])
     with pytest.raises(ConfigError, match="only prompts to steer by"):
         core.align("fk-steering", GaussianBackbone(), core.Tweedie(JointReward([twin(HPS), twin(DINO)])), ["0"])
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_each_reward_of_a_joint_value_is_measured_by_its_own_branch(backbone, monkeypatch) -> None:
+    value, read = made((DFN, HPS)), []
+    real = evaluation.noisy_embeddings
+
+    def embeddings(*args: Any, **settings: Any) -> Tensor:
+        read.append(real(*args, **settings))
+        return read[-1]
+
+    monkeypatch.setattr(evaluation, "noisy_embeddings", embeddings)
+    captions = [f"picture {n}" for n in range(8)]
+    settings: dict[str, Any] = {"images": torch.stack(pictures()), "captions": captions, "backbone": backbone,
+                                "sigmas": (0.1,), "progress": False}  # fmt: skip
+    for name in (DFN, HPS):
+        assert core.evaluate(value, reward=name, **settings) == core.evaluate(alone(value, name), **settings)
+        assert torch.equal(read[-1], read[-2])
+    assert not torch.allclose(read[0], read[2])
+    with pytest.raises(ConfigError, match=f"reads {DFN}, {HPS}; say which"):
+        core.evaluate(value, **settings)
+    with pytest.raises(ConfigError, match="'clip' is none of them"):
+        core.evaluate(value, reward="clip", **settings)
+
+
+def test_seeds_are_ranked_by_the_joint_reward() -> None:
+    backbone, value, linear, quadratic = gaussian()
+    ranks = core.rank_seeds(
+        backbone, {"stitched": core.Stitched(value)}, value.objective(), ["0"], seeds=6, steps=4, progress=False
+    )
+    assert ranks.rewards.shape == (1, 6)
+    alone = [core.rank_seeds(backbone, {}, reward, ["0"], seeds=6, steps=4, progress=False).rewards
+             for reward in (linear, quadratic)]  # fmt: skip
+    torch.testing.assert_close(ranks.rewards, 2 * alone[0] + 0.5 * alone[1])

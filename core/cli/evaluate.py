@@ -32,6 +32,7 @@ def command(
     seeds: Annotated[int, typer.Option(help="Seeds a prompt to rank.")] = 12,
     steps: Annotated[int, typer.Option(help="Sampling steps of the ranked seeds.")] = 28,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the ranked seeds.")] = 3.0,
+    reward: Annotated[str | None, typer.Option(help="Which of a value model's rewards to retrieve by.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Instead of the value model's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of data and noise.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write evaluation.json and plots here.")] = None,
@@ -53,7 +54,7 @@ def command(
         if data is None:
             raise ConfigError("a value model is measured on captioned images; give one of 'stitchvm list' as --data.")
         job = _Job.load(folders[0], data, vae, backbone, levels(sigmas, "--sigmas"), seed)
-        report, show = {"retrieval": job.retrieval(count)}, _print_value
+        report, show = {"retrieval": job.retrieval(count, reward)}, _print_value
         if ranking:
             report["ranking"] = job.ranking(prompts, seeds, steps, guidance_scale)
         _draw(report, target)
@@ -100,12 +101,13 @@ class _Job:
         models = {name: StitchedValue.from_pretrained(place, backbone=network) for name, place in places.items()}
         return cls(network, models, dataset, sigmas, seed)
 
-    def retrieval(self, count: int) -> dict[str, Any]:
-        from ..evaluation import retrieval
+    def retrieval(self, count: int, reward: str | None = None) -> dict[str, Any]:
+        from ..evaluation import chosen_reward, retrieval
 
+        judge = chosen_reward(self.models["stitched"], reward)
         held = self.dataset.captioned("test", count, self.seed)
         found = retrieval(
-            self.backbone, self.models["stitched"].reward(), self.models, held.images.float() / 255, held.captions,
+            self.backbone, judge, self.models, held.images.float() / 255, held.captions,
             sigmas=self.sigmas, seed=self.seed,
         )  # fmt: skip
         return {**found.report(), "retention": found.retention("stitched")}
@@ -115,8 +117,9 @@ class _Job:
         from ..ranking import rank_seeds
 
         value = self.models["stitched"]
+        whole = value.objective()
         return rank_seeds(
-            self.backbone, {"stitched": Stitched(value), "tweedie": Tweedie(value.reward())}, value.reward(),
+            self.backbone, {"stitched": Stitched(value), "tweedie": Tweedie(whole)}, whole,
             self.dataset.prompts("test", prompts, self.seed), seeds=seeds, steps=steps, guidance_scale=guidance_scale,
             sigmas=self.sigmas, seed=self.seed,
         ).report()  # fmt: skip
