@@ -125,8 +125,7 @@ def load_reward(
     network = cls.from_pretrained(
         record, dtype=precision, device=device, token=token, local_files_only=local_files_only
     )
-    network.record = record
-    return network
+    return _adopted(network, record)
 
 
 def build_geometry(record: BackboneRecord | RewardRecord) -> Any:
@@ -146,7 +145,17 @@ def build_twin(record: BackboneRecord | RewardRecord) -> Any:
 def _build(record: BackboneRecord | RewardRecord, table: Mapping[str, Any], key: str, device: str) -> Any:
     if not table:
         raise ConfigError(f"{record.name!r} has no '{key}' in its record, so it cannot be built without weights.")
-    network = _family_class(record).build(table, device=device)
+    return _adopted(_family_class(record).build(table, device=device), record)
+
+
+def _adopted(network: Any, record: BackboneRecord | RewardRecord) -> Any:
+    """The network with its record; :class:`ConfigError` where a reward compares with something else than that says."""
+    declared = getattr(record, "condition", None)
+    if declared is not None and declared != network.condition_kind:
+        raise ConfigError(
+            f"the record of {record.name!r} says that it compares with {declared}, but its family {record.family!r} "
+            f"compares with {network.condition_kind}; correct 'condition' or 'family'."
+        )
     network.record = record
     return network
 

@@ -18,6 +18,8 @@ SPEC_VERSION = 1
 Kind = Literal["backbone", "reward", "aligner", "dataset"]
 Level = Literal["inline", "entry point", "built-in"]
 DType = Literal["float32", "float16", "bfloat16"]
+ConditionKind = Literal["prompts", "images", "nothing"]
+"""What a reward compares an image with: its prompt, reference images, or nothing."""
 
 LEVELS: tuple[Level, ...] = ("inline", "entry point", "built-in")
 """Which record wins a name, first to last; equal names at one level are a conflict."""
@@ -127,13 +129,20 @@ class BackboneRecord:
 
 @attrs.frozen(kw_only=True)
 class RewardRecord:
-    """A named reward model; as :class:`BackboneRecord`; ``filename`` is the checkpoint in ``repo`` or ``path``."""
+    """A named reward model; as :class:`BackboneRecord`.
+
+    ``filename`` is the checkpoint in ``repo`` or ``path``. ``condition`` says what its score compares an image with; a
+    family that compares with something else is refused when it is loaded (None: whatever the family does).
+    """
 
     name: str = _name()
     family: str = _name()
     repo: str | None = None
     path: str | None = attrs.field(default=None, validator=_check_path)
     filename: str | None = None
+    condition: ConditionKind | None = attrs.field(
+        default=None, validator=attrs.validators.in_((None, "prompts", "images", "nothing"))
+    )
     revision: str | None = None
     licence: str = "unknown"
     gated: bool = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import attrs
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .conditions import Condition
 from .costs import count
 from .errors import ConfigError, SliceError
+from .records import ConditionKind
 from .slicing import Sliced, State
 
 
@@ -27,9 +27,6 @@ class RewardOutput:
     tokens: Tensor
     embedding: Tensor
     score: Tensor | None = None
-
-
-ConditionKind = Literal["prompts", "images", "nothing"]
 
 
 class Reward(Sliced):

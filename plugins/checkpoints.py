@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,20 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage happens to lead to
-        raise WeightsError(
-            f"{file} cannot be read as plain tensors ({error}); it is damaged, or a format that runs code when read "
-            "(convert it to safetensors)."
-        ) from error
+        raise WeightsError(f"{file} cannot be read as plain tensors: {_fault(str(error))}.") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{file} is not a state dict; convert it to safetensors.")
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _fault(said: str) -> str:
+    """What is wrong with a file, in a few words: torch's own tell people to let it run its code."""
+    if found := re.search(r"GLOBAL (\S+)", said):
+        return f"it holds {found[1]}, which runs code when read; get it as safetensors"
+    if "TorchScript" in said:
+        return "it is a TorchScript archive, which runs code when read; get it as safetensors"
+    return "it is truncated, damaged or no checkpoint; download it again"
 
 
 def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], origin: Path | str) -> None:

@@ -8,8 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import attrs
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import families
@@ -184,3 +186,108 @@ def write_tokenizer(folder: Path) -> int:
 
 def record(family: str, path: Path, architecture: dict[str, Any] | None = None, **fields: Any) -> RewardRecord:
     return RewardRecord(name=f"tiny-{family}", family=family, path=str(path), architecture=architecture or {}, **fields)
+
+
+def write_transformers(folder: Path, act: str = "gelu", **settings: Any) -> Any:
+    """A folder as transformers' ``CLIPModel`` writes it; returns the model."""
+    from transformers import CLIPConfig, CLIPModel
+
+    towers: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": act}
+    vision = {**towers, "hidden_size": 16, "intermediate_size": 64, "image_size": 28, "patch_size": 7}
+    text = {**towers, "hidden_size": 8, "intermediate_size": 24, "max_position_embeddings": 16}
+    vision |= settings.pop("vision_config", {})
+    text |= settings.pop("text_config", {})
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(projection_dim=12, vision_config=vision, text_config=text, **settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases and norms, which transformers leaves at 0 and 1
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.logit_scale.fill_(3.0)
+    model.save_pretrained(folder)
+    return model
+
+
+def transformers_architecture(act: str = "gelu", **settings: Any) -> dict[str, Any]:
+    """The same model in a record's words."""
+    vision = {"image_size": 28, "layers": 3, "width": 16, "head_width": 8, "patch_size": 7}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 3, "mlp_ratio": 3.0}
+    whole = {"embed_dim": 12, "quick_gelu": act == "quick_gelu", "vision_cfg": vision, "text_cfg": text}
+    return {**whole, "score": "logit", **settings}
+
+
+@attrs.frozen
+class Published:
+    """A file format that a reward's authors publish: its family, the ``file`` in a folder, how a small one is written
+    (returning what its tower must give for ``pixels``, or None where a score tells) and what the record says."""
+
+    family: str
+    file: str
+    write: Callable[[Path], Tensor | None]
+    architecture: dict[str, Any]
+    fields: dict[str, Any] = attrs.field(factory=dict)
+
+    def record(self, folder: Path) -> RewardRecord:
+        return record(self.family, folder, self.architecture, **self.fields)
+
+
+def _clip_safetensors(folder: Path) -> Tensor:
+    return families.write_clip(folder).net(pixels())
+
+
+def _clip_bin(folder: Path) -> Tensor:
+    """As Apple publishes DFN: ``torch.save`` of the bare state dict beside open_clip's configuration."""
+    expected = _clip_safetensors(folder)
+    whole = folder / "open_clip_model.safetensors"
+    torch.save(load_file(whole), folder / "open_clip_pytorch_model.bin")
+    whole.unlink()
+    return expected
+
+
+def _hpsv2_file(folder: Path) -> Tensor:
+    folder.mkdir(exist_ok=True)
+    return write_hpsv2(folder / "HPS_v2.1_compressed.pt").net(pixels())
+
+
+def _aesthetic_folder(folder: Path) -> None:
+    write_aesthetic(folder)
+
+
+def _siglip_folder(folder: Path) -> Tensor:
+    import open_clip
+
+    write_siglip(folder)
+    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    return model.encode_image(pixels())
+
+
+def _transformers_folder(folder: Path) -> Tensor:
+    return write_transformers(folder).get_image_features(pixel_values=pixels()).pooler_output
+
+
+def _transformers_bin(folder: Path) -> Tensor:
+    expected = _transformers_folder(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return expected
+
+
+PUBLISHED: dict[str, Published] = {
+    "open_clip safetensors": Published(
+        "clip", "open_clip_model.safetensors", _clip_safetensors, families.clip_architecture()
+    ),
+    "open_clip bin": Published("clip", "open_clip_pytorch_model.bin", _clip_bin, families.clip_architecture()),
+    "transformers safetensors": Published(
+        "clip", "model.safetensors", _transformers_folder, transformers_architecture()
+    ),
+    "transformers bin": Published("clip", "pytorch_model.bin", _transformers_bin, transformers_architecture()),
+    "siglip safetensors": Published("siglip", "open_clip_model.safetensors", _siglip_folder, {}),
+    "hpsv2 pt": Published(
+        "hpsv2", "HPS_v2.1_compressed.pt", _hpsv2_file, families.clip_architecture(quick_gelu=False),
+        {"filename": "HPS_v2.1_compressed.pt"},
+    ),
+    "aesthetic pth": Published("aesthetic", PREDICTOR, _aesthetic_folder, aesthetic_architecture()),
+    "dinov2 safetensors": Published(
+        "dinov2", "model.safetensors", lambda folder: write_dinov2(folder)(pixels()), dinov2_architecture()
+    ),
+}  # fmt: skip

@@ -4,8 +4,6 @@ quickgelu (DFN); each against its own upstream."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import open_clip
 import pytest
@@ -14,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image, to_tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor
 from transformers.models.clip.configuration_clip import CLIPTextConfig, CLIPVisionConfig
 
 import families
 import reward_families
-from reward_families import record
+from reward_families import record, transformers_architecture, write_transformers
 from stitchvm import core
 from stitchvm.core import ConfigError, SliceError, WeightsError, load_reward
 from stitchvm.plugins.rewards import transformers_clip
@@ -29,38 +27,10 @@ from stitchvm.plugins.rewards.siglip import SiglipReward
 # -- transformers' layout ---------------------------------------------------------------------------------------------
 
 
-def _config(act: str = "gelu", **settings: Any) -> CLIPConfig:
-    towers: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": act}
-    vision = {**towers, "hidden_size": 16, "intermediate_size": 64, "image_size": 28, "patch_size": 7}
-    text = {**towers, "hidden_size": 8, "intermediate_size": 24, "max_position_embeddings": 16}
-    vision |= settings.pop("vision_config", {})
-    text |= settings.pop("text_config", {})
-    return CLIPConfig(projection_dim=12, vision_config=vision, text_config=text, **settings)
-
-
-def _write(folder: Path, act: str = "gelu", **settings: Any) -> CLIPModel:
-    torch.manual_seed(0)
-    model = CLIPModel(_config(act, **settings)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases and norms, which transformers leaves at 0 and 1
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.logit_scale.fill_(3.0)
-    model.save_pretrained(folder)
-    return model
-
-
-def _architecture(act: str = "gelu", **settings: Any) -> dict[str, Any]:
-    vision = {"image_size": 28, "layers": 3, "width": 16, "head_width": 8, "patch_size": 7}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 3, "mlp_ratio": 3.0}
-    whole = {"embed_dim": 12, "quick_gelu": act == "quick_gelu", "vision_cfg": vision, "text_cfg": text}
-    return {**whole, "score": "logit", **settings}
-
-
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
 def test_a_clip_model_of_transformers_gives_its_own_embeddings_and_logits(tmp_path, act):
-    model = _write(tmp_path, act)
-    reward = ClipReward.from_pretrained(record("clip", tmp_path, _architecture(act)))
+    model = write_transformers(tmp_path, act)
+    reward = ClipReward.from_pretrained(record("clip", tmp_path, transformers_architecture(act)))
     pixels, prompts = reward_families.pixels(), ["a red ball", "a blue cube", "a cat"]
     tokens = open_clip.SimpleTokenizer(context_length=16)(prompts)
     with torch.no_grad():
@@ -76,8 +46,8 @@ def test_a_clip_model_of_transformers_gives_its_own_embeddings_and_logits(tmp_pa
 
 
 def test_every_cut_of_the_converted_tower_is_a_hidden_state_of_the_original(tmp_path):
-    model = _write(tmp_path)
-    reward = ClipReward.from_pretrained(record("clip", tmp_path, _architecture()))
+    model = write_transformers(tmp_path)
+    reward = ClipReward.from_pretrained(record("clip", tmp_path, transformers_architecture()))
     pixels = reward_families.pixels()
     with torch.no_grad():
         hidden = model.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
@@ -86,8 +56,8 @@ def test_every_cut_of_the_converted_tower_is_a_hidden_state_of_the_original(tmp_
 
 
 def test_a_folder_of_transformers_needs_no_record(tmp_path):
-    _write(tmp_path)
-    named = ClipReward.from_pretrained(record("clip", tmp_path, _architecture(score="cosine")))
+    write_transformers(tmp_path)
+    named = ClipReward.from_pretrained(record("clip", tmp_path, transformers_architecture(score="cosine")))
     loaded = load_reward(str(tmp_path), family="clip")
     pixels = reward_families.pixels()
     assert torch.equal(loaded.net(pixels), named.net(pixels))
@@ -97,7 +67,7 @@ def test_a_folder_of_transformers_needs_no_record(tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_old_checkpoints_are_read(tmp_path, name):
     """Position ids were saved once, and weights in ``torch.save``'s format."""
-    _write(tmp_path / "new")
+    write_transformers(tmp_path / "new")
     tensors = load_file(tmp_path / "new/model.safetensors")
     for tower, count in (("vision", 17), ("text", 16)):
         tensors[f"{tower}_model.embeddings.position_ids"] = torch.arange(count)[None]
@@ -105,7 +75,7 @@ def test_old_checkpoints_are_read(tmp_path, name):
     old.mkdir()
     (old / "config.json").write_bytes((tmp_path / "new/config.json").read_bytes())
     torch.save(tensors, old / name) if name.endswith("bin") else save_file(tensors, old / name)
-    settings = [record("clip", tmp_path / where, _architecture()) for where in ("old", "new")]
+    settings = [record("clip", tmp_path / where, transformers_architecture()) for where in ("old", "new")]
     pixels = reward_families.pixels()
     first, second = (ClipReward.from_pretrained(each).net(pixels) for each in settings)
     assert torch.equal(first, second)
@@ -138,7 +108,7 @@ def test_what_a_configuration_leaves_out_is_what_transformers_means():
     ],
 )
 def test_damaged_or_other_checkpoints_give_one_clear_error(tmp_path, change, said):
-    _write(tmp_path)
+    write_transformers(tmp_path)
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     tensors, content = load_file(file), json.loads(config.read_text())
     if change == "missing":
@@ -168,17 +138,17 @@ def test_damaged_or_other_checkpoints_give_one_clear_error(tmp_path, change, sai
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     statistics = {"mean": [0.48145466, 0.4578275, 0.40821073]}
     with pytest.raises(WeightsError, match=said):
-        ClipReward.from_pretrained(record("clip", tmp_path, _architecture(preprocess_cfg=statistics)))
+        ClipReward.from_pretrained(record("clip", tmp_path, transformers_architecture(preprocess_cfg=statistics)))
 
 
 @pytest.mark.parametrize("sides", [(28, 28), (60, 60), (28, 44), (80, 40)])
 def test_preprocessing_follows_transformers(tmp_path, sides):
     """To two levels of 255 (it rounds to 8 bits and resizes by torchvision); an odd remainder of the crop may fall on
     the other side."""
-    _write(tmp_path)
+    write_transformers(tmp_path)
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor.save_pretrained(tmp_path)
-    reward = ClipReward.from_pretrained(record("clip", tmp_path, _architecture()))
+    reward = ClipReward.from_pretrained(record("clip", tmp_path, transformers_architecture()))
     image = _picture(*sides)
     theirs = processor(image, return_tensors="pt").pixel_values[0]
     ours = reward.preprocess(to_tensor(image)[None])[0]
@@ -192,8 +162,8 @@ def test_a_score_of_another_kind_is_refused():
 
 
 def test_the_temperature_is_read_before_the_precision_is_reduced(tmp_path):
-    _write(tmp_path)
-    reward = ClipReward.from_pretrained(record("clip", tmp_path, _architecture()), dtype=torch.bfloat16)
+    write_transformers(tmp_path)
+    reward = ClipReward.from_pretrained(record("clip", tmp_path, transformers_architecture()), dtype=torch.bfloat16)
     assert reward.score_scale == pytest.approx(torch.tensor(3.0).exp().item())
 
 
