@@ -1,4 +1,4 @@
-"""What the tests share: nothing is downloaded, and packages that exist for one test alone."""
+"""What the tests share: nothing is downloaded, packages that exist for one test alone, and a table of parities."""
 
 from __future__ import annotations
 
@@ -47,6 +47,34 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     for module in set(sys.modules) - modules_before:
         if str(tmp_path) in str(getattr(sys.modules[module], "__file__", "")):
             del sys.modules[module]
+
+
+@pytest.fixture
+def parity(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Callable[[str, str], None]:
+    """``parity("resume", "cuts 0-3")``: this test's case agreed there bit for bit; the summary shows all as a table."""
+    case = request.node.callspec.id
+
+    def note(check: str, where: str) -> None:
+        record_property("parity", (case, check, where))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The parity table: what passed, by case and check."""
+    table: dict[str, dict[str, str]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "parity" and report.when == "call":
+                table.setdefault(value[0], {})[value[1]] = value[2]
+    if not table:
+        return
+    checks = list(dict.fromkeys(check for row in table.values() for check in row))
+    terminalreporter.section("equal bit for bit, in float32 on the CPU")
+    for head, row in [("", {check: check for check in checks}), *table.items()]:
+        terminalreporter.write_line(f"{head:32}" + "".join(f"{row.get(check, ''):16}" for check in checks))
 
 
 @pytest.fixture

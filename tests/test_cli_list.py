@@ -99,6 +99,18 @@ def test_list_with_a_pattern_as_json(run):
     assert entry["architecture"]["vision_cfg"]["image_size"] == 336
 
 
+def test_json_says_of_every_model_what_its_licence_is(run):
+    entries = json.loads(run("list", "--json")[1])
+    models = [entry for entry in entries if entry["kind"] in ("backbone", "reward")]
+    assert len(models) > 15
+    for entry in models:
+        assert entry["licence"], entry["name"]
+        assert entry["gated"] in (True, False)
+    rewards = {entry["name"]: entry["condition"] for entry in models if entry["kind"] == "reward"}
+    expected = {"clip-vit-l-14": "prompts", "aesthetic": "nothing", "dinov2-vit-l-14": "images"}
+    assert {name: rewards[name] for name in expected} == expected
+
+
 def test_list_without_a_match(run):
     assert run("list", "zzz*") == (0, "", "No name matches 'zzz*'.\n")
     code, out, _ = run("list", "zzz*", "--json")

@@ -32,16 +32,17 @@ def _same(ours: RewardOutput, theirs: RewardOutput) -> bool:
     return all(torch.equal(mine, other) for mine, other in pairs)
 
 
-def test_entering_with_a_states_own_parts_gives_the_state_back(reward, pixels):
+def test_entering_with_a_states_own_parts_gives_the_state_back(reward, pixels, parity):
     for cut in range(reward.depth + 1):
         state = reward.head(pixels, None, cut)
         grid, prefix = reward.grid(state), reward.prefix(state)
         assert (prefix.shape[1], *grid.shape[-2:]) == (reward.prefix_count, reward.grid_size, reward.grid_size)
         assert torch.equal(reward.enter(grid, prefix), state), cut
+    parity("enter", f"cuts 0-{reward.depth}")
 
 
 @torch.no_grad()  # torch's attention has a path of its own, rounding differently, where no gradient is needed
-def test_a_tail_from_any_block_is_the_rest_of_the_model(reward, pixels):
+def test_a_tail_from_any_block_is_the_rest_of_the_model(reward, pixels, parity):
     """With one image the mean prefix is that image's own: tokens, embedding and score must agree bit for bit."""
     one = pixels[:1]
     whole = reward.resume(reward.head(one, None, 0), 0)
@@ -53,6 +54,14 @@ def test_a_tail_from_any_block_is_the_rest_of_the_model(reward, pixels):
         names = set(tail.part.net.state_dict())
         gone = (*reward.block_modules[: j - 1], *(set(reward.stem_modules) - set(reward.enter_modules)))
         assert not [n for n in names if any(n == path or n.startswith(path + ".") for path in gone)], j
+    parity("tail(prefix)", f"j 1-{reward.depth + 1}")
+
+
+def test_resuming_from_any_cut_is_upstreams_own_output(reward, pixels, parity):
+    upstream = reward.net(pixels)
+    for cut in range(reward.depth + 1):
+        assert torch.equal(reward.resume(reward.head(pixels, None, cut), cut).embedding, upstream), cut
+    parity("resume(head)", f"cuts 0-{reward.depth}")
 
 
 def test_positions_are_added_only_when_asked_and_only_where_the_model_has_them(reward, pixels):
@@ -162,6 +171,22 @@ BUILT_IN = [
     for entry in core.registry().rewards.values()
     if entry.source is not None and entry.source.level == "built-in"
 ]
+
+
+@pytest.mark.parametrize("sides", [(28, 28), (64, 64), (40, 30), (24, 70)])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_gradient_through_preprocessing_is_its_derivative(name, sides):
+    """Resizing, cropping and padding are linear where nothing is clamped, so differences are exact up to rounding."""
+    twin = core.build_twin(core.registry().reward(name))
+    draw = torch.Generator().manual_seed(0)
+    images = (0.45 + 0.1 * torch.rand(2, 3, *sides, generator=draw)).requires_grad_()
+    step = 0.05 * torch.randn(images.shape, generator=draw).clamp(-1, 1)
+    weights = torch.randn(2, 3, twin.image_size, twin.image_size, generator=draw)
+    (gradient,) = torch.autograd.grad((weights * twin.preprocess(images)).sum(), images)
+    with torch.no_grad():
+        change = (weights * (twin.preprocess(images + step) - twin.preprocess(images))).sum()
+    torch.testing.assert_close((gradient * step).sum(), change, rtol=1e-3, atol=1e-3)
+    assert float(change.abs()) > 0.05
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
