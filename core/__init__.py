@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .loading import (
         BackboneFamily,
         RewardFamily,
+        backbone_from,
         build_geometry,
         build_twin,
         load_aligner,
@@ -91,6 +92,7 @@ _PUBLIC = {
     "loading": (
         "BackboneFamily",
         "RewardFamily",
+        "backbone_from",
         "build_geometry",
         "build_twin",
         "load_aligner",
@@ -192,6 +194,7 @@ __all__ = [
     "WeightsError",
     "align",
     "as_sigma",
+    "backbone_from",
     "build_geometry",
     "build_twin",
     "clean_reward",

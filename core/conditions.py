@@ -34,9 +34,17 @@ class Condition:
 
     def expand(self, batch: int) -> Condition:
         """The same condition for ``batch`` samples; from a batch of one or of that size."""
+        return Condition(self.tensors_for(batch))
+
+    def tensors_for(self, batch: int, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """The tensors alone for ``batch`` samples, on ``device``: what a network's stem reads.
+
+        Unlike a frozen instance, a plain dictionary can be made inside a function that ``torch.compile`` compiles.
+        Raises :class:`SliceError` unless the condition has one sample or ``batch``.
+        """
         if self.tensors and len(self) not in (1, batch):
             raise SliceError(f"a condition for {len(self)} samples does not fit a batch of {batch}.")
-        return Condition({name: t.expand(batch, *t.shape[1:]) for name, t in self.tensors.items()})
+        return {name: t.expand(batch, *t.shape[1:]).to(device or t.device) for name, t in self.tensors.items()}
 
     def repeat(self, times: int) -> Condition:
         """Each sample ``times`` times in a row: ``[B * times, ...]``."""

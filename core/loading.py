@@ -51,6 +51,14 @@ class BackboneFamily(Protocol):
         """
         ...
 
+    @classmethod
+    def from_pipeline(cls, pipeline: Any, *, record: BackboneRecord | None = None, **options: Any) -> Backbone:
+        """The network inside a loaded pipeline, sharing its modules; only for a family that names ``pipelines``.
+
+        Raises :class:`WeightsError` for a pipeline it cannot use or that contradicts ``record``.
+        """
+        ...
+
 
 class RewardFamily(Protocol):
     """What the class a reward :class:`Family` names must offer beside being a :class:`~stitchvm.core.Reward`."""
@@ -103,6 +111,46 @@ def load_backbone(
     )
     network.record = record
     return network
+
+
+def backbone_from(
+    pipeline: Any, *, name: str | BackboneRecord | None = None, family: str | None = None, **options: Any
+) -> Backbone:
+    """The backbone inside a diffusers pipeline that is loaded already: no weight is read or copied.
+
+    Both share their modules, so that what is done to one (moving, casting, training) is done to the other. Latents and
+    prompts go through the pipeline's own VAE and text encoders. ``name`` is the registered model that it is, which
+    saved value models will refer to; ``family`` decides where several take this class of pipeline. ``options`` are
+    the family's own: ``max_sequence_length`` for SD 3 and FLUX, ``guidance`` for FLUX.
+
+    Raises :class:`ConfigError` for something that no family takes, or an unknown option, and :class:`WeightsError` for
+    a pipeline that lacks a part, is offloaded, or is not the model that ``name`` says.
+    """
+    record = registry().backbone(name) if isinstance(name, str) else name
+    code = _family_of(pipeline, record.family if record is not None else family)
+    _check_installed(code, code.name)
+    cls: BackboneFamily = _resolve(code.load, code.name)
+    network = cls.from_pipeline(pipeline, record=record, **options)
+    network.record = record
+    return network
+
+
+def _family_of(pipeline: Any, family: str | None) -> Family:
+    """The family that takes a loaded pipeline, by the names of its class and of those it derives from."""
+    families = registry().backbone_families
+    if family is not None:
+        code = families[family]
+        if not code.pipelines:
+            raise ConfigError(f"the family {code.name!r} takes no loaded pipeline; load it with load_backbone.")
+        return code
+    classes = {cls.__name__ for cls in type(pipeline).__mro__}
+    found = [code for code in families.values() if classes & set(code.pipelines)]
+    if len(found) != 1:
+        known = ", ".join(sorted({name for code in families.values() for name in code.pipelines}))
+        both = " and ".join(code.name for code in found)
+        problem = f"is taken by the families {both}; choose one (family=...)" if found else "is no pipeline known here"
+        raise ConfigError(f"a {type(pipeline).__name__} {problem}. backbone_from takes: {known}.")
+    return found[0]
 
 
 def load_reward(

@@ -87,8 +87,9 @@ class Family:
     """Code for one architecture: how to slice it, build it and read its checkpoints.
 
     ``load`` names a class with the contract of :class:`~stitchvm.core.BackboneFamily` or ``RewardFamily``; ``requires``
-    the modules it imports beyond the core's own, ``install`` the pip requirement that brings them. ``spec_version`` is
-    the number the plugin was written for, spelled out rather than copied from the core.
+    the modules it imports beyond the core's own, ``install`` the pip requirement that brings them. ``pipelines`` names
+    the classes of loaded pipelines whose backbone its ``from_pipeline`` gives. ``spec_version`` is the number the
+    plugin was written for, spelled out rather than copied from the core.
     """
 
     kind: Literal["backbone", "reward"] = attrs.field(validator=attrs.validators.in_(("backbone", "reward")))
@@ -97,6 +98,7 @@ class Family:
     spec_version: int
     requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     install: str = ""
+    pipelines: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     capabilities: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     description: str = ""
     source: Source | None = attrs.field(default=None, eq=False, repr=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from stitchvm.core import BackboneRecord, Condition, NoisyLatent, RewardRecord
+from stitchvm.core import Condition, NoisyLatent, RewardRecord
 from stitchvm.plugins.backbones.flux import FluxBackbone
 from stitchvm.plugins.backbones.mmdit import MMDiTBackbone
 from stitchvm.plugins.backbones.unet import UNetBackbone
@@ -67,6 +67,16 @@ def mmdit_input(
     return NoisyLatent(latents, sigma), Condition({"embeds": embeds, "pooled": pooled})
 
 
+def mmdit_upstream(backbone: MMDiTBackbone, x: NoisyLatent, condition: Condition, net: Any = None) -> torch.Tensor:
+    """The upstream network's own ``forward``; of another ``net`` than the backbone's where one is given."""
+    return (net or backbone.net)(
+        hidden_states=x.latents,
+        encoder_hidden_states=condition["embeds"],
+        pooled_projections=condition["pooled"],
+        timestep=x.sigma * 1000,
+    ).sample
+
+
 FLUX_SCHEDULE: dict[str, Any] = {
     "shift": 3.0,
     "use_dynamic_shifting": True,
@@ -110,13 +120,13 @@ def flux_input(
     return NoisyLatent(latents, torch.linspace(0.05, 0.95, batch)), Condition({"embeds": embeds, "pooled": pooled})
 
 
-def flux_upstream(backbone: FluxBackbone, x: NoisyLatent, condition: Condition) -> torch.Tensor:
-    """The upstream network's own ``forward`` on what the pipeline's own functions make of the latents."""
+def flux_upstream(backbone: FluxBackbone, x: NoisyLatent, condition: Condition, net: Any = None) -> torch.Tensor:
+    """As :func:`mmdit_upstream`, on what the pipeline's own functions make of the latents."""
     from diffusers import FluxPipeline
 
     (batch, channels, height, width), like = x.latents.shape, (x.latents.device, x.latents.dtype)
     packed = FluxPipeline._pack_latents(x.latents, batch, channels, height, width)
-    tokens = backbone.net(
+    tokens = (net or backbone.net)(
         hidden_states=packed,
         encoder_hidden_states=condition["embeds"],
         pooled_projections=condition["pooled"],
@@ -187,15 +197,15 @@ def unet_input(
     return NoisyLatent(latents, torch.linspace(0.05, 0.95, batch)), Condition(text)
 
 
-def unet_upstream(backbone: UNetBackbone, x: NoisyLatent, condition: Condition) -> torch.Tensor:
-    """The upstream network's own ``forward``, told the size of an uncropped image that fills the latents."""
+def unet_upstream(backbone: UNetBackbone, x: NoisyLatent, condition: Condition, net: Any = None) -> torch.Tensor:
+    """As :func:`mmdit_upstream`; SDXL's is told the size of an uncropped image that fills the latents."""
     added = {}
     if "pooled" in backbone.widths:
         height, width = (side * backbone.latent_factor for side in x.latents.shape[-2:])
         ids = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(x.latents), -1)
         added["added_cond_kwargs"] = {"text_embeds": condition["pooled"], "time_ids": ids}
     timestep = backbone.time.timestep(x.sigma)
-    return backbone.net(x.latents, timestep, encoder_hidden_states=condition["embeds"], **added).sample
+    return (net or backbone.net)(x.latents, timestep, encoder_hidden_states=condition["embeds"], **added).sample
 
 
 def clip_architecture(vision: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
@@ -232,126 +242,3 @@ def write_clip(folder: Path, architecture: dict[str, Any] | None = None) -> Clip
 
 def clip_record(folder: Path, **fields: Any) -> RewardRecord:
     return RewardRecord(name="tiny-clip", family="clip", path=str(folder), **fields)
-
-
-def write_pipeline(folder: Path, *, shard_size: str = "10GB") -> None:
-    """A diffusers ``StableDiffusion3Pipeline`` folder with two small CLIP text encoders and no T5."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    SD3Transformer2DModel(**mmdit_architecture()["transformer"]).save_pretrained(
-        folder / "transformer", max_shard_size=shard_size
-    )
-    AutoencoderKL(**VAE).save_pretrained(folder / "vae")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder_3": [None, None],
-        "tokenizer_3": [None, None],
-    }
-    for suffix in ("", "_2"):
-        _write_text_encoder(folder, suffix)
-        index[f"text_encoder{suffix}"] = ["transformers", "CLIPTextModelWithProjection"]
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-def write_unet_pipeline(folder: Path, kind: str = "sd", *, shard_size: str = "10GB") -> None:
-    """A diffusers ``StableDiffusionPipeline`` (PNDM) or ``StableDiffusionXLPipeline`` (Euler) folder."""
-    import diffusers
-
-    scheduler, pipeline = {
-        "sd": ("PNDMScheduler", "StableDiffusionPipeline"),
-        "xl": ("EulerDiscreteScheduler", "StableDiffusionXLPipeline"),
-    }[kind]
-    torch.manual_seed(0)
-    net = diffusers.UNet2DConditionModel(**unet_architecture(kind)["unet"])
-    net.save_pretrained(folder / "unet", max_shard_size=shard_size)
-    diffusers.AutoencoderKL(**SD_VAE).save_pretrained(folder / "vae")
-    schedule = {name: value for name, value in SD_SCHEDULE.items() if name != "clip_sample"}
-    schedule |= {"skip_prk_steps": True} if kind == "sd" else {"timestep_spacing": "leading"}
-    getattr(diffusers, scheduler)(**schedule).save_pretrained(folder / "scheduler")
-    index: dict[str, Any] = {
-        "_class_name": pipeline,
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", scheduler],
-        **{name: [None, None] for name in ("feature_extractor", "image_encoder")},
-    }
-    if kind == "sd":
-        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    for suffix, encoder in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[: 1 if kind == "sd" else 2]:
-        _write_text_encoder(folder, suffix, encoder)
-        index[f"text_encoder{suffix}"] = ["transformers", encoder]
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-def write_flux_pipeline(folder: Path, *, shard_size: str = "10GB") -> None:
-    """A diffusers ``FluxPipeline`` folder with a small CLIP text encoder and a small T5."""
-    import diffusers
-
-    torch.manual_seed(0)
-    net = diffusers.FluxTransformer2DModel(**flux_architecture()["transformer"])
-    net.save_pretrained(folder / "transformer", max_shard_size=shard_size)
-    diffusers.AutoencoderKL(**FLUX_VAE).save_pretrained(folder / "vae")
-    diffusers.FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULE).save_pretrained(folder / "scheduler")
-    _write_text_encoder(folder, "", "CLIPTextModel")
-    _write_t5(folder, "_2")
-    index = {
-        "_class_name": "FluxPipeline",
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"],
-        "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        **{name: [None, None] for name in ("feature_extractor", "image_encoder")},
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-def flux_record(folder: Path, **fields: Any) -> BackboneRecord:
-    fields.setdefault("architecture", flux_architecture())
-    return BackboneRecord(name="tiny-flux", family="flux", path=str(folder), resolution=16, **fields)
-
-
-def unet_record(folder: Path, kind: str = "sd", **fields: Any) -> BackboneRecord:
-    fields.setdefault("architecture", unet_architecture(kind))
-    return BackboneRecord(name=f"tiny-{kind}", family="unet", path=str(folder), resolution=16, **fields)
-
-
-def _write_text_encoder(folder: Path, suffix: str, encoder: str = "CLIPTextModelWithProjection") -> None:
-    import transformers
-    from transformers import CLIPTextConfig, CLIPTokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: k for k, word in enumerate(words)}, merges=[], model_max_length=8)
-    tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-    getattr(transformers, encoder)(
-        CLIPTextConfig(
-            vocab_size=len(words), hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=8, bos_token_id=len(words) - 2,
-            eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
-        )
-    ).save_pretrained(folder / f"text_encoder{suffix}")  # fmt: skip
-
-
-def _write_t5(folder: Path, suffix: str) -> None:
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
-
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -2.0)]
-    pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=8).save_pretrained(folder / f"tokenizer{suffix}")
-    config = T5Config(vocab_size=len(pieces), d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(folder / f"text_encoder{suffix}")
-
-
-def pipeline_record(folder: Path, **fields: Any) -> BackboneRecord:
-    fields.setdefault("architecture", mmdit_architecture())
-    return BackboneRecord(name="tiny-sd3", family="mmdit", path=str(folder), resolution=16, **fields)

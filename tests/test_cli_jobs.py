@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from families import write_clip, write_pipeline
+from families import write_clip
+from pipelines import write_pipeline
 from results import summary
 from stitchvm.core import ConfigError, StitchedValue, cli, registry
 from stitchvm.core.cli.options import levels, numbers

@@ -1,22 +1,16 @@
-"""The SD3 family: its pipeline folder, its latents, its text and its time, against diffusers itself."""
+"""The SD3 family: its latents, its text and its time, against diffusers itself."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 
-import attrs
-import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from safetensors.torch import load_file, save_file
 
 import families
+from pipelines import add_t5, open_pipeline, pipeline_record, write_pipeline
 from stitchvm.core import (
-    LATENT,
     Condition,
     ConfigError,
     CostMeter,
@@ -25,9 +19,7 @@ from stitchvm.core import (
     NoiseLevelError,
     NoisyLatent,
     SliceError,
-    WeightsError,
     build_twin,
-    load_backbone,
     registry,
     sample,
 )
@@ -36,200 +28,22 @@ from stitchvm.plugins.backbones.mmdit import MMDiTBackbone
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder whose transformer lies in several shards."""
     path = tmp_path_factory.mktemp("sd3")
-    families.write_pipeline(path, shard_size="40KB")
+    write_pipeline(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> StableDiffusion3Pipeline:
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.requires_grad_(False)
-    return pipeline
+    return open_pipeline(folder)
 
 
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> MMDiTBackbone:
-    return MMDiTBackbone.from_pretrained(families.pipeline_record(folder))
+    return MMDiTBackbone.from_pretrained(pipeline_record(folder))
 
 
-def _copy(folder: Path, target: Path) -> Path:
-    return Path(shutil.copytree(folder, target / "copy"))
-
-
-# -- loading ----------------------------------------------------------------------------------------------------------
-
-
-def test_loaded_whole_it_is_the_pipelines_transformer(backbone, pipeline):
-    x, condition = families.mmdit_input(backbone)
-    output = backbone.resume(backbone.head(x, condition, 0), 0)
-    upstream = pipeline.transformer(x.latents, condition["embeds"], condition["pooled"], x.sigma * 1000).sample
-    assert torch.equal(output, upstream)
-    assert not backbone.training
-    assert not any(p.requires_grad for p in backbone.parameters())
-
-
-def test_loaded_by_name_of_a_folder(folder):
-    loaded = load_backbone(str(folder), family="mmdit", cut=1)
-    assert loaded.depth == 4
-    assert loaded.record.path == str(folder)
-
-
-@pytest.mark.parametrize("cut", [LATENT, 0, 1, 3, 4])
-def test_loaded_as_a_head_it_equals_the_whole(backbone, folder, cut):
-    assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
-    part = MMDiTBackbone.from_pretrained(families.pipeline_record(folder), cut=cut)
-    x, condition = families.mmdit_input(backbone)
-    assert torch.equal(Head(part, cut)(x, condition), Head(backbone, cut)(x, condition))
-    wanted = Head(backbone, max(cut, 0)).part.net.state_dict()
-    assert set(part.net.state_dict()) == set(wanted)
-    assert not any(t.is_meta for t in part.net.state_dict().values())
-    assert torch.equal(part.encode_prompts(["a"])["embeds"], backbone.encode_prompts(["a"])["embeds"])
-
-
-def test_a_head_never_opens_the_shards_it_does_not_need(backbone, folder, tmp_path):
-    copy = _copy(folder, tmp_path)
-    index = json.loads((copy / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
-    head = ("pos_embed.", "time_text_embed.", "context_embedder.", "transformer_blocks.0.")
-    needed = {home for name, home in index.items() if name.startswith(head)}
-    for file in (copy / "transformer").glob("*.safetensors"):
-        if file.name not in needed:
-            file.unlink()
-    part = MMDiTBackbone.from_pretrained(families.pipeline_record(copy), cut=1)
-    x, condition = families.mmdit_input(backbone)
-    assert torch.equal(Head(part, 1)(x, condition), Head(backbone, 1)(x, condition))
-    with pytest.raises(WeightsError, match="does not exist"):
-        MMDiTBackbone.from_pretrained(families.pipeline_record(copy))
-
-
-def test_of_a_hub_repository_only_what_is_needed_is_fetched(folder, tmp_path, monkeypatch):
-    hub, fetched = tmp_path / "snapshot", set()
-
-    def snapshot(repo: str, *, allow_patterns: list[str], **_: object) -> str:
-        assert repo == "org/sd3"
-        for file in (f for f in folder.rglob("*") if f.is_file()):
-            name = file.relative_to(folder).as_posix()
-            if any(fnmatch(name, pattern) for pattern in allow_patterns):
-                fetched.add(name)
-                (hub / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, hub / name)
-        return str(hub)
-
-    def weights() -> set[str]:
-        return {name.partition("/")[0] for name in fetched if name.endswith(".safetensors")}
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    record = attrs.evolve(families.pipeline_record(folder), path=None, repo="org/sd3")
-    part = MMDiTBackbone.from_pretrained(record, cut=0)
-    assert weights() == {"transformer"}
-    shards = {name for name in fetched if name.startswith("transformer/") and name.endswith(".safetensors")}
-    assert len(shards) < len(list((folder / "transformer").glob("*.safetensors")))
-    part.decode_latents(torch.zeros(1, 4, 8, 8))
-    assert weights() == {"transformer", "vae"}
-    part.encode_prompts(["a"])
-    assert weights() == {"transformer", "vae", "text_encoder", "text_encoder_2"}
-    MMDiTBackbone.from_pretrained(record)
-
-
-def test_dtype_is_the_records_unless_asked(folder):
-    record = families.pipeline_record(folder, dtype="bfloat16")
-    assert {t.dtype for t in MMDiTBackbone.from_pretrained(record).net.state_dict().values()} == {torch.bfloat16}
-    part = MMDiTBackbone.from_pretrained(record, cut=0, dtype=torch.float16)
-    assert {t.dtype for t in part.net.state_dict().values()} == {torch.float16}
-    assert part.companions.vae(torch.device("cpu")).dtype == torch.float32
-
-
-def test_bfloat16_is_close_to_float32(backbone, folder):
-    half = MMDiTBackbone.from_pretrained(families.pipeline_record(folder, dtype="bfloat16"))
-    latents = families.mmdit_input(backbone)[0].latents
-    condition = families.mmdit_input(backbone)[1]
-    ours = half.denoise(latents, 0.4, condition).velocity
-    full = backbone.denoise(latents, 0.4, condition).velocity
-    assert ours.dtype == torch.float32
-    assert (ours - full).norm() / full.norm() < 0.05
-
-
-def test_from_pipeline_shares_the_users_modules(pipeline, backbone):
-    ours = MMDiTBackbone.from_pipeline(pipeline, max_sequence_length=3)
-    assert ours.net is pipeline.transformer
-    assert ours.companions.vae(torch.device("cpu")) is pipeline.vae
-    assert torch.equal(ours.encode_prompts(["ab"])["embeds"], backbone.encode_prompts(["ab"])["embeds"])
-    assert torch.equal(ours.sigmas(5, (8, 8)), backbone.sigmas(5, (8, 8)))
-    with pytest.raises(WeightsError, match="StableDiffusion3Pipeline"):
-        MMDiTBackbone.from_pipeline(object())
-
-
-def _damaged(folder: Path, change: str, tmp_path: Path) -> Path:
-    """A copy of the folder with one thing wrong with its transformer."""
-    families.write_pipeline(tmp_path / "whole")
-    copy = tmp_path / "whole"
-    file = copy / "transformer/diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    if change == "truncated":
-        file.write_bytes(file.read_bytes()[:-1000])
-    elif change == "not safetensors":
-        file.write_bytes(b"x" * 100)
-    elif change == "gone":
-        file.unlink()
-    elif change == "pickle":
-        file.rename(file.with_name("diffusion_pytorch_model.bin"))
-    elif change == "missing tensor":
-        save_file({n: t for n, t in tensors.items() if n != "transformer_blocks.0.attn.to_q.weight"}, file)
-    elif change == "unexpected tensor":
-        save_file(tensors | {"transformer_blocks.0.attn.extra": torch.ones(1)}, file)
-    elif change == "wrong shape":
-        save_file(tensors | {"pos_embed.proj.bias": torch.ones(3)}, file)
-    else:
-        config = copy / {"no config": "transformer/config.json", "no vae": "vae/config.json"}.get(
-            change, "transformer/config.json"
-        )
-        content = json.loads(config.read_text())
-        if change.startswith("no "):
-            config.unlink()
-        elif change == "broken json":
-            config.write_text("{")
-        else:
-            other = {"num_layers": 5} if change == "other depth" else {"_class_name": "FluxTransformer2DModel"}
-            config.write_text(json.dumps(content | other))
-    return copy
-
-
-@pytest.mark.parametrize("cut", [None, 1])
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("truncated", "truncated or damaged"),
-        ("not safetensors", "truncated or damaged"),
-        ("gone", "does not exist"),
-        ("pickle", "can run code when read"),
-        ("missing tensor", "1 missing .transformer_blocks.0.attn.to_q.weight"),
-        ("unexpected tensor", "1 unexpected .transformer_blocks.0.attn.extra"),
-        ("wrong shape", r"pos_embed.proj.bias: \[3\], expected \[16\]"),
-        ("no config", "config.json does not exist"),
-        ("no vae", "config.json does not exist"),
-        ("broken json", "cannot be read as JSON"),
-        ("other depth", "num_layers is 5, expected 4"),
-        ("other class", "describes a FluxTransformer2DModel, expected a SD3Transformer2DModel"),
-    ],
-)
-def test_damaged_checkpoints_give_one_clear_error(folder, tmp_path, change, said, cut):
-    copy = _damaged(folder, change, tmp_path)
-    with pytest.raises(WeightsError, match=said):
-        MMDiTBackbone.from_pretrained(families.pipeline_record(copy), cut=cut)
-
-
-def test_damaged_vae_and_text_encoders_are_reported_when_used(folder, tmp_path):
-    copy = _copy(folder, tmp_path)
-    vae, text = copy / "vae/diffusion_pytorch_model.safetensors", copy / "text_encoder/model.safetensors"
-    for file in (vae, text):
-        file.write_bytes(file.read_bytes()[:-100])
-    part = MMDiTBackbone.from_pretrained(families.pipeline_record(copy), cut=0)
-    with pytest.raises(WeightsError, match="truncated or damaged"):
-        part.decode_latents(torch.zeros(1, 4, 8, 8))
-    with pytest.raises(WeightsError, match="text encoders"):
-        part.encode_prompts(["a"])
+# -- settings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -306,6 +120,19 @@ def test_text_is_what_the_pipeline_encodes(backbone, pipeline):
     assert condition["embeds"].shape == (3, 8 + 3, 24)
     assert not condition["embeds"].requires_grad
     torch.testing.assert_close(backbone.null_condition()["pooled"], pooled[1:2], rtol=1e-5, atol=1e-5)
+
+
+def test_the_third_text_encoder_is_read_where_there_is_one(tmp_path):
+    write_pipeline(tmp_path)
+    add_t5(tmp_path)
+    backbone, pipeline = MMDiTBackbone.from_pretrained(pipeline_record(tmp_path), cut=0), open_pipeline(tmp_path)
+    condition = backbone.encode_prompts(["a ball", ""])
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        ["a ball", ""], None, None, do_classifier_free_guidance=False, max_sequence_length=3
+    )
+    assert bool((embeds[:, 8:] != 0).any())
+    assert torch.equal(condition["embeds"], embeds)
+    assert torch.equal(condition["pooled"], pooled)
 
 
 def test_text_of_a_random_network_is_deterministic_and_tells_prompts_apart():
@@ -431,7 +258,7 @@ def test_the_ends_of_the_path_are_finite(sigma):
     assert not torch.allclose(prediction.velocity, other.velocity)
 
 
-@pytest.mark.parametrize("name", ["sd3.5-medium", "sd3.5-large"])
+@pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
 def test_twins_run_from_prompt_to_picture(name):
     twin = build_twin(registry().backbone(name))
     side = twin.native_resolution // twin.latent_factor

@@ -17,13 +17,7 @@ from stitchvm.core import LATENT, Head, Reward, Sliced, SliceError
 def _mmdit(**settings: Any) -> tuple[Sliced, Any, Any, Any]:
     backbone = families.mmdit(**settings)
     x, condition = families.mmdit_input(backbone)
-    upstream = backbone.net(
-        hidden_states=x.latents,
-        encoder_hidden_states=condition["embeds"],
-        pooled_projections=condition["pooled"],
-        timestep=x.sigma * 1000,
-    ).sample
-    return backbone, x, condition, upstream
+    return backbone, x, condition, families.mmdit_upstream(backbone, x, condition)
 
 
 def _flux(**settings: Any) -> tuple[Sliced, Any, Any, Any]:

@@ -17,6 +17,7 @@ def stitchvm_backbones() -> Iterable[Family | BackboneRecord]:
         spec_version=1,
         requires=("diffusers", "transformers"),
         install="stitchvm[sd3]",
+        pipelines=("StableDiffusion3Pipeline",),
         description="Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel with its VAE and text encoders.",
     )
     yield Family(
@@ -26,6 +27,7 @@ def stitchvm_backbones() -> Iterable[Family | BackboneRecord]:
         spec_version=1,
         requires=("diffusers", "transformers"),
         install="stitchvm[flux]",
+        pipelines=("FluxPipeline",),
         description="FLUX.1: diffusers' FluxTransformer2DModel with its VAE and text encoders.",
     )
     yield Family(
@@ -35,5 +37,6 @@ def stitchvm_backbones() -> Iterable[Family | BackboneRecord]:
         spec_version=1,
         requires=("diffusers", "transformers"),
         install="stitchvm[sd]",
+        pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
         description="Stable Diffusion 1.5, 2 and XL: diffusers' UNet2DConditionModel with its VAE and text encoders.",
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import attrs
 import numpy as np
@@ -135,78 +136,81 @@ def _seeded(text: str, width: int) -> Tensor:
 
 
 @attrs.define(eq=False)
-class Sd3Text:
-    """The text side of a ``StableDiffusion3Pipeline``, through its own ``encode_prompt``; opened on first use."""
+class PipelineText(ABC):
+    """The text side of a diffusers pipeline, through its own ``encode_prompt``; the pipeline is opened on first use.
+
+    A kind of pipeline names the encoders it cannot do without (``required``) and those it may lack (``optional``), and
+    calls ``encode_prompt``. ``max_sequence_length`` counts T5's tokens, where there is one. Raises
+    :class:`ConfigError` for a pipeline that was loaded without a required encoder.
+    """
+
+    required: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
 
     open_pipeline: Callable[[], Any]
-    max_sequence_length: int
+    max_sequence_length: int | None = None
     _pipeline: Any = attrs.field(default=None, init=False)
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        """What the pipeline makes of ``prompts`` without classifier-free guidance."""
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         if self._pipeline is None:
             self._pipeline = self.open_pipeline()
-        for encoder in (self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.text_encoder_3):
+        for name in (*self.required, *self.optional):
+            encoder = getattr(self._pipeline, name, None)
             if encoder is not None:
                 encoder.to(device)
-        embeds, _, pooled, _ = self._pipeline.encode_prompt(
-            list(prompts),
-            None,
-            None,
-            device=device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"embeds": embeds, "pooled": pooled}
-
-
-@attrs.define(eq=False)
-class FluxText:
-    """The text side of a ``FluxPipeline``, through its own ``encode_prompt``; opened on first use.
-
-    The sequence is T5's, ``max_sequence_length`` tokens, and the pooled text CLIP's. Raises :class:`ConfigError` for a
-    pipeline that was loaded without one of the two.
-    """
-
-    open_pipeline: Callable[[], Any]
-    max_sequence_length: int
-    _pipeline: Any = attrs.field(default=None, init=False)
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        if self._pipeline is None:
-            self._pipeline = self.open_pipeline()
-        for name in ("text_encoder", "text_encoder_2"):
-            if getattr(self._pipeline, name) is None:
+            elif name in self.required:
                 raise ConfigError(f"the pipeline was loaded without its {name}, which reads prompts; load it with one.")
-            getattr(self._pipeline, name).to(device)
-        embeds, pooled, _ = self._pipeline.encode_prompt(
-            list(prompts), None, device=device, max_sequence_length=self.max_sequence_length
+        return self.encode(self._pipeline, prompts, device)
+
+
+class Sd3Text(PipelineText):
+    """``StableDiffusion3Pipeline``: both CLIPs' tokens, then T5's (zeros without one); both CLIPs' pooled text."""
+
+    required = ("text_encoder", "text_encoder_2")
+    optional = ("text_encoder_3",)
+
+    def encode(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        length = {"max_sequence_length": self.max_sequence_length}
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts), None, None, device=device, do_classifier_free_guidance=False, **length
         )
         return {"embeds": embeds, "pooled": pooled}
 
 
-@attrs.define(eq=False)
-class ClipText:
-    """The text side of a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, through its own
-    ``encode_prompt``; opened on first use.
+class FluxText(PipelineText):
+    """``FluxPipeline``: T5's tokens and CLIP's pooled text."""
 
-    The first gives no pooled text; the second both encoders' last layer but one and the second one's pooled text.
-    """
+    required = ("text_encoder", "text_encoder_2")
 
-    open_pipeline: Callable[[], Any]
-    _pipeline: Any = attrs.field(default=None, init=False)
+    def encode(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        length = {"max_sequence_length": self.max_sequence_length}
+        embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=device, **length)
+        return {"embeds": embeds, "pooled": pooled}
 
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        if self._pipeline is None:
-            self._pipeline = self.open_pipeline()
-        pipeline, double = self._pipeline, hasattr(self._pipeline, "text_encoder_2")
-        for name in ("text_encoder", "text_encoder_2") if double else ("text_encoder",):
-            if getattr(pipeline, name) is not None:
-                getattr(pipeline, name).to(device)
-        once = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        if not double:
-            return {"embeds": pipeline.encode_prompt(list(prompts), **once)[0]}
-        embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), **once)
+
+_ONCE: dict[str, Any] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+
+
+class SdText(PipelineText):
+    """``StableDiffusionPipeline``: CLIP's tokens, no pooled text."""
+
+    required = ("text_encoder",)
+
+    def encode(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        return {"embeds": pipeline.encode_prompt(list(prompts), device=device, **_ONCE)[0]}
+
+
+class SdxlText(PipelineText):
+    """``StableDiffusionXLPipeline``: both CLIPs' last layer but one, side by side, and the second one's pooled text."""
+
+    required = ("text_encoder_2",)
+    optional = ("text_encoder",)
+
+    def encode(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, **_ONCE)
         return {"embeds": embeds, "pooled": pooled}

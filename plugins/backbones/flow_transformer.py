@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import attrs
 import torch
@@ -20,14 +20,13 @@ from stitchvm.core import (
     FlowPath,
     NoisyLatent,
     SliceError,
-    WeightsError,
 )
 
 from .companions import Companions, HashedText, TextSide
-from .folders import Fetch, fetcher, load_part, on_meta, open_vae, random_vae, read_config
+from .folders import Fetch, fetcher, fill, loaded_part, on_meta, open_vae, random_vae, read_config
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # not frozen: torch.compile cannot follow how attrs writes a frozen instance
 class TokenState:
     """Between two blocks: ``image [B, rows * columns, C]`` and ``context [B, T, C]`` tokens, ``temb [B, C]``.
 
@@ -216,39 +215,31 @@ class FlowTransformer(Backbone):
             max_sequence_length=length,
             **options,
         ).eval()
-        return backbone._filled(fetch, cut, dtype=precision, device=device)
-
-    def _filled(self, fetch: Fetch, cut: int | None, **to: Any) -> Self:
-        """Itself with the weights of a pipeline folder, or only the head up to ``cut`` with those it needs."""
-        if cut is None:
-            load_part(fetch, self.net, "transformer", **to)
-            return self
-        self.check_cut(cut)
-        part = self.prune(0, max(cut, 0))
-        part.companions = self.companions
-        load_part(fetch, part.net, "transformer", prefixes=self.tensor_prefixes(0, max(cut, 0)), **to)
-        return part
+        return cast(Self, fill(backbone, fetch, "transformer", cut, dtype=precision, device=device))
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, *, max_sequence_length: int | None = None, **options: Any) -> Self:
+    def from_pipeline(cls, pipeline: Any, *, record: BackboneRecord | None = None, **options: Any) -> Self:
         """The backbone of a loaded pipeline, sharing its modules and leaving them as they are.
 
-        ``max_sequence_length`` is the T5 token count that ``pipeline`` is called with (that of the family when None);
-        ``options`` are the family's own. Raises :class:`WeightsError` for another kind of pipeline, or one without its
-        VAE.
+        ``record`` is what the registry says about it, compared with what is there; ``options`` come before it:
+        ``max_sequence_length``, the T5 token count that the pipeline is called with (the family's default when neither
+        says), and the family's own. Raises :class:`WeightsError` for another kind of pipeline, and for one without its
+        VAE, offloaded, or of another architecture than the record's; :class:`ConfigError` for an unknown option.
         """
-        net, vae = getattr(pipeline, "transformer", None), getattr(pipeline, "vae", None)
-        if not isinstance(net, cls.network) or not isinstance(vae, AutoencoderKL):
-            raise WeightsError(
-                f"{type(pipeline).__name__} has no {cls.network.__name__} with an AutoencoderKL; "
-                f"give a {cls.pipeline} with both."
-            )
-        length = max_sequence_length or attrs.fields(cls.architecture).max_sequence_length.default
+        known = ("max_sequence_length", *cls.options)
+        if unknown := sorted(set(options) - set(known)):
+            raise ConfigError(f"unknown setting {', '.join(unknown)} for a {cls.pipeline}; choose {', '.join(known)}.")
+        expected = record.architecture if record is not None else {}
+        net = loaded_part(pipeline, "transformer", cls.network, expected.get("transformer", {}))
+        vae = loaded_part(pipeline, "vae", AutoencoderKL, expected.get("vae", {}))
+        length = attrs.fields(cls.architecture).max_sequence_length.default
+        settings = {"max_sequence_length": length} | {name: expected[name] for name in known if name in expected}
+        settings |= options
         companions = Companions(
             vae_config=dict(vae.config),
             scheduler_config=dict(pipeline.scheduler.config),
-            text=cls.text_of_pipeline(pipeline, length),
+            text=cls.text_of_pipeline(pipeline, settings["max_sequence_length"]),
             open_vae=lambda: vae,
             uniform_levels=cls.uniform_levels,
         )
-        return cls(net, companions, max_sequence_length=length, **options)
+        return cls(net, companions, native_resolution=record.resolution if record else None, **settings)

@@ -28,7 +28,7 @@ TIME_SCALE = 1000.0
 """The network's forward multiplies time and guidance by this, in the latents' precision."""
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # not frozen: torch.compile cannot follow how attrs writes a frozen instance
 class FluxState(TokenState):
     """A :class:`TokenState` with the rotary embedding ``(cos, sin)``, each ``[T + rows * columns, head width]``, text
     first."""
@@ -121,7 +121,7 @@ class FluxBackbone(FlowTransformer):
         pooled text."""
         net, dtype, batch = self.net, self.dtype, len(x.latents)
         self.check_input(x, condition)
-        text = condition.expand(batch).to(x.latents.device, dtype)
+        text = {name: t.to(dtype) for name, t in condition.tensors_for(batch, x.latents.device).items()}
         packed = F.pixel_unshuffle(x.latents.to(dtype), PATCH)
         rows, columns = packed.shape[-2:]
         image = net.x_embedder(packed.flatten(2).transpose(1, 2).contiguous())

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from stitchvm.core import BackboneRecord, WeightsError, resolve_source
+from stitchvm.core import Backbone, BackboneRecord, WeightsError, resolve_source
 
 from ..checkpoints import differing, load_strictly, read_json, read_tensors, shards
 
@@ -72,6 +72,12 @@ def read_config(folder: Path, kind: type, expected: Mapping[str, Any]) -> dict[s
 
     Raises :class:`WeightsError` when it is missing, of another class than ``kind``, or contradicts ``expected``.
     """
+    owner = folder.parent / "model_index.json"
+    if not folder.is_dir() and owner.is_file():
+        raise WeightsError(
+            f"{owner} describes a pipeline ({read_json(owner).get('_class_name')}) without a {folder.name}, which a "
+            f"{kind.__name__} is expected in; it is incomplete or of another family: check the name or the path."
+        )
     file = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
     config = read_json(file)
     if config.get("_class_name") != kind.__name__:
@@ -83,6 +89,50 @@ def read_config(folder: Path, kind: type, expected: Mapping[str, Any]) -> dict[s
             f"{file} is of another architecture than the registry's: {conflict}. Correct the name or the path."
         )
     return config
+
+
+def loaded_part(pipeline: Any, name: str, kind: Any, expected: Mapping[str, Any]) -> Any:
+    """The part ``name`` of a loaded pipeline: the module itself, also where ``torch.compile`` wraps it.
+
+    Raises :class:`WeightsError` when it is no ``kind``, contradicts ``expected``, or lies where only the pipeline's own
+    calls fetch it from (offload).
+    """
+    part = getattr(pipeline, name, None)
+    part = getattr(part, "_orig_mod", part)
+    owner = type(pipeline).__name__
+    if not isinstance(part, kind):
+        raise WeightsError(
+            f"the {name} of this {owner} is a {type(part).__name__}, expected a {kind.__name__}; "
+            "load the pipeline with one, or give another pipeline."
+        )
+    if hasattr(part, "_hf_hook"):
+        raise WeightsError(
+            f"the {name} of this {owner} is offloaded, so that only the pipeline's own calls find its weights; "
+            "call remove_all_hooks() on the pipeline and move it to its device."
+        )
+    if conflict := differing(expected, part.config):
+        raise WeightsError(
+            f"the {name} of this {owner} is of another architecture than the registry's: {conflict}. "
+            "Correct the name, or leave it out."
+        )
+    return part
+
+
+def fill(backbone: Backbone, fetch: Fetch, name: str, cut: int | None, **to: Any) -> Backbone:
+    """A weightless backbone with those of the pipeline's part ``name``; with a ``cut``, its head alone, for which
+    nothing else is read. ``to`` as in :func:`load_part`.
+
+    Raises :class:`SliceError` for a cut that does not exist, :class:`WeightsError` as :func:`load_part`.
+    """
+    if cut is None:
+        load_part(fetch, backbone.net, name, **to)
+        return backbone
+    backbone.check_cut(cut)
+    stop = max(cut, 0)  # a value model at LATENT still asks the stem for the device
+    part = backbone.prune(0, stop)
+    part.companions = backbone.companions
+    load_part(fetch, part.net, name, prefixes=backbone.tensor_prefixes(0, stop), **to)
+    return part
 
 
 def open_vae(fetch: Fetch, config: Mapping[str, Any]) -> AutoencoderKL:

@@ -77,7 +77,7 @@ class MMDiTBackbone(FlowTransformer):
         """Patches with their positions, the embedded text, and the modulation vector of time and pooled text."""
         net, dtype, batch = self.net, self.dtype, len(x.latents)
         self.check_input(x, condition, largest=self.patch * net.config.pos_embed_max_size)
-        text = condition.expand(batch).to(x.latents.device, dtype)
+        text = {name: t.to(dtype) for name, t in condition.tensors_for(batch, x.latents.device).items()}
         image = net.pos_embed(x.latents.to(dtype)).contiguous()
         temb = net.time_text_embed(x.sigma * TIME_SCALE, text["pooled"])
         rows, columns = (side // self.patch for side in x.latents.shape[-2:])

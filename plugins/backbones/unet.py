@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import attrs
 import torch
@@ -26,13 +26,12 @@ from stitchvm.core import (
     NoisyLatent,
     SliceError,
     VariancePreservingPath,
-    WeightsError,
 )
 
 from ..checkpoints import read_json
-from .companions import ClipText, Companions, HashedText
+from .companions import Companions, HashedText, SdText, SdxlText
 from .discrete_time import DiscreteTime
-from .folders import fetcher, load_part, on_meta, open_clip_text, open_vae, random_vae, read_config
+from .folders import fetcher, fill, loaded_part, on_meta, open_clip_text, open_vae, random_vae, read_config
 from .unet_layers import UNetState, chain, run_layer
 
 TEXT_TOKENS = 77
@@ -120,10 +119,10 @@ class UNetBackbone(Backbone):
         """``conv_in``, which is the first skip, the prompt, and the embedded time (for SDXL, pooled text and sizes)."""
         net, dtype, batch = self.net, self.dtype, len(x.latents)
         self._check(x, condition)
-        text = condition.expand(batch).to(x.latents.device)
+        text = condition.tensors_for(batch, x.latents.device)
         embeds, latents = text["embeds"].to(dtype), x.latents.to(dtype)
         temb = net.time_embedding(net.get_time_embed(sample=latents, timestep=self.time.timestep(x.sigma)))
-        if "pooled" in text.tensors:
+        if "pooled" in text:
             added = {"text_embeds": text["pooled"].to(dtype), "time_ids": self._time_ids(x, text)}
             temb = temb + net.get_aug_embed(emb=temb, encoder_hidden_states=embeds, added_cond_kwargs=added)
         if net.time_embed_act is not None:
@@ -156,8 +155,8 @@ class UNetBackbone(Backbone):
             {name: torch.zeros(*shapes[name], width, device=self.device) for name, width in self.widths.items()}
         )
 
-    def _time_ids(self, x: NoisyLatent, text: Condition) -> Tensor:
-        if "time_ids" in text.tensors:
+    def _time_ids(self, x: NoisyLatent, text: Mapping[str, Tensor]) -> Tensor:
+        if "time_ids" in text:
             return text["time_ids"].float()
         size = [side * self.latent_factor for side in x.latents.shape[-2:]]
         ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=x.latents.device)
@@ -271,11 +270,12 @@ class UNetBackbone(Backbone):
         vae_config = dict(on_meta(partial(AutoencoderKL.from_config, vae_config)).config)
         scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
         net = on_meta(partial(UNet2DConditionModel.from_config, config))
-        kind = StableDiffusionXLPipeline if "pooled" in _widths(net.config) else StableDiffusionPipeline
+        double = "pooled" in _widths(net.config)
+        kind, text = (StableDiffusionXLPipeline, SdxlText) if double else (StableDiffusionPipeline, SdText)
         companions = Companions(
             vae_config=_scaled_only(vae_config),
             scheduler_config=scheduler_config,
-            text=ClipText(partial(open_clip_text, fetch, kind, precision)),
+            text=text(partial(open_clip_text, fetch, kind, precision)),
             open_vae=partial(open_vae, fetch, vae_config),
         )
         backbone = cls(
@@ -286,41 +286,36 @@ class UNetBackbone(Backbone):
             text_tokens=int(expected.get("text_tokens", TEXT_TOKENS)),
             zero_null=bool(read_json(root / "model_index.json").get("force_zeros_for_empty_prompt", True)),
         ).eval()
-        if cut is None:
-            load_part(fetch, backbone.net, "unet", dtype=precision, device=device)
-            return backbone
-        backbone.check_cut(cut)
-        part = backbone.prune(0, max(cut, 0))
-        part.companions = backbone.companions
-        prefixes = backbone.tensor_prefixes(0, max(cut, 0))
-        load_part(fetch, part.net, "unet", prefixes=prefixes, dtype=precision, device=device)
-        return part
+        return cast(Self, fill(backbone, fetch, "unet", cut, dtype=precision, device=device))
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any) -> Self:
+    def from_pipeline(cls, pipeline: Any, *, record: BackboneRecord | None = None, **options: Any) -> Self:
         """The backbone of a loaded ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, sharing its modules
         and leaving them as they are.
 
-        A VAE in float16 that overflows there (``force_upcast``) is copied to float32 when it is first used. Raises
-        :class:`WeightsError` for another kind of pipeline or one without its VAE, :class:`ConfigError` for a UNet or
-        scheduler of a kind that cannot be used here.
+        ``record`` is what the registry says about it, compared with what is there; there are no ``options``. A VAE in
+        float16 that overflows there (``force_upcast``) is copied to float32 when it is first used. Raises
+        :class:`WeightsError` for another kind of pipeline, and for one without its VAE, offloaded, or of another
+        architecture than the record's; :class:`ConfigError` for an option, and for a UNet or scheduler of a kind that
+        cannot be used here.
         """
-        net, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
-        if not isinstance(net, UNet2DConditionModel) or not isinstance(vae, AutoencoderKL):
-            raise WeightsError(
-                f"{type(pipeline).__name__} has no UNet2DConditionModel with an AutoencoderKL; "
-                "give a StableDiffusionPipeline or StableDiffusionXLPipeline with both."
-            )
+        if options:
+            raise ConfigError(f"unknown setting {', '.join(sorted(options))}; a pipeline with a UNet takes none.")
+        expected = record.architecture if record is not None else {}
+        net = loaded_part(pipeline, "unet", UNet2DConditionModel, expected.get("unet", {}))
+        vae = loaded_part(pipeline, "vae", AutoencoderKL, expected.get("vae", {}))
+        text = SdxlText if "pooled" in _widths(net.config) else SdText
         companions = Companions(
             vae_config=_scaled_only(vae.config),
             scheduler_config=dict(pipeline.scheduler.config),
-            text=ClipText(lambda: pipeline),
+            text=text(lambda: pipeline),
             open_vae=lambda: _upcast(vae),
         )
         return cls(
             net,
             companions,
             DiscreteTime.of(pipeline.scheduler),
+            native_resolution=record.resolution if record else None,
             text_tokens=_text_tokens(pipeline),
             zero_null=bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
         )

@@ -32,7 +32,7 @@ _BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "Up
 _FREEU = ("s1", "s2", "b1", "b2")
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # not frozen: torch.compile cannot follow how attrs writes a frozen instance
 class UNetState:
     """Between two layers: ``sample [B, C, h, w]``, the ``skips`` not yet taken back (newest last), ``temb [B, E]`` and
     ``text [B, T, D]``.
