@@ -74,22 +74,25 @@ def _final(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.embedding
 
 
-def test_run_equals_upstream(case):
+def test_run_equals_upstream(case, parity):
     network, x, condition, upstream = case
     assert torch.equal(_final(network.exit(network.run(network.stem(x, condition), 0, network.depth))), upstream)
+    parity("forward", "whole")
 
 
-def test_resume_equals_upstream_at_every_cut(case):
+def test_resume_equals_upstream_at_every_cut(case, parity):
     network, x, condition, upstream = case
     for cut in range(network.depth + 1):
         assert torch.equal(_final(network.resume(network.head(x, condition, cut), cut)), upstream), cut
+    parity("resume(head)", f"cuts 0-{network.depth}")
 
 
-def test_head_module_equals_the_whole_at_every_cut(case):
+def test_head_module_equals_the_whole_at_every_cut(case, parity):
     network, x, condition, _ = case
     grids = dict(network.features(x, condition))
     for cut in range(network.depth + 1):
         assert torch.equal(Head(network, cut)(x, condition), grids[cut]), cut
+    parity("head module", f"cuts 0-{network.depth}")
 
 
 def test_head_owns_nothing_from_after_its_cut(case):
