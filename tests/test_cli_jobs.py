@@ -40,6 +40,9 @@ architecture = { max_sequence_length = 3 }
 [rewards.tiny-clip]
 family = "clip"
 path = "clip"
+[rewards.tiny-other]
+family = "clip"
+path = "clip"
 [datasets.noise]
 load = "noise_data:Noise"
 """
@@ -85,6 +88,35 @@ def test_search_writes_and_prints_the_grid(run, tmp_path):
     code, out, _ = run("search", *PAIR, "--probes", 8, "--cuts", "2-3", "--blocks", "1", "--criterion", "mse")
     assert code == 0
     assert "cut i" in out and "Best for tiny-clip on 8 images: after backbone block" in out
+
+
+def test_several_rewards_share_a_head(run, tmp_path):
+    pair, value = ("tiny-sd3", "tiny-clip,tiny-other", "--images", "noise"), tmp_path / "value"
+    bounds = ("--probes", 8, "--blocks", "1-2", "--cuts", "1,3")
+    code, out, err = run("search", *pair, *bounds, "--out", tmp_path, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [each["reward"] for each in found["rewards"]] == ["tiny-clip", "tiny-other"]
+    assert {path.name for path in tmp_path.glob("interface*.png")} == {
+        "interface-tiny-clip.png", "interface-tiny-other.png",
+    }  # fmt: skip
+    code, out, err = run("stitch", *pair, "--out", value, *SHORT, "--count", 8, "--weights", "1,0.5", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["weights"] == {"tiny-clip": 1.0, "tiny-other": 0.5}
+    assert report["interface"] == found["best"]
+    assert StitchedValue.from_pretrained(value).weights == (1.0, 0.5)
+    steer = ("align", "fk-steering", "tiny-sd3", "--value", value, "--prompts", "noise", "--count", 1, "--steps", 3,
+             "--particles", 2, "--out", tmp_path / "run", "--json")  # fmt: skip
+    code, out, err = run(*steer)
+    assert code == 0, err
+    assert json.loads(out)["settings"]["reward"]["name"] == "tiny-clip + 0.5 tiny-other"
+    code, _, err = run("evaluate", value, "--data", "noise", "--count", 8)
+    assert code == 2
+    assert "reads tiny-clip, tiny-other; say which" in err
+    code, out, err = run("evaluate", value, "--data", "noise", "--count", 8, "--reward", "tiny-other", "--json")
+    assert code == 0, err
+    assert json.loads(out)["retrieval"]["count"] == 8
 
 
 def test_stitch_evaluate_align_and_compare(run, tmp_path):
@@ -153,6 +185,11 @@ def test_skipped_images_are_named(run, tmp_path):
         (("stitch", *PAIR, "--out", "OUT", "--steps", "0"), "steps"),
         (("stitch", *PAIR, "--out", "OUT", "--generated", "2"), "generated"),
         (("stitch", *PAIR, "--out", "OUT", "--interface", "4"), "write backbone cut and reward block"),
+        (("stitch", *PAIR, "--out", "OUT", "--interface", "1,1,1"), "one block for each of tiny-clip"),
+        (("stitch", *PAIR, "--out", "OUT", "--weights", "1,1"), "1 rewards (tiny-clip) but 2 weights"),
+        (("stitch", *PAIR, "--out", "OUT", "--weights", "much"), "write numbers, such as 1,0.5"),
+        (("stitch", "tiny-sd3", "tiny-clip,", "--images", "noise", "--out", "OUT"), "write one name, or several"),
+        (("stitch", "tiny-sd3", "tiny-clip,tiny-clip", "--images", "noise", "--out", "OUT"), "given twice"),
         (("stitch", *PAIR, "--out", "OUT", "--interface", "1,1", "--vae"), "give one of them"),
         (("evaluate", "OUT", "--data", "noise"), "neither a value model"),
         (("evaluate", "OUT"), "--data"),
