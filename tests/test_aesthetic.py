@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import open_clip
 import pytest
 import torch
@@ -162,6 +164,18 @@ def test_a_predictor_that_does_not_fit(tmp_path, change, error, said):
         AestheticReward.from_pretrained(record("aesthetic", tmp_path, architecture))
 
 
+def test_another_file_than_the_published_one_is_refused(folder):
+    """Of the same widths: no shape could tell. The hub repository is a copy, so its record names the digest."""
+    file = folder / PREDICTOR
+    architecture = aesthetic_architecture()
+    architecture["predictor"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    AestheticReward.from_pretrained(record("aesthetic", folder, architecture))
+    tensors = torch.load(file, weights_only=True)
+    torch.save({**tensors, "layers.7.bias": tensors["layers.7.bias"] + 1}, file)
+    with pytest.raises(WeightsError, match="not the file that was published"):
+        AestheticReward.from_pretrained(record("aesthetic", folder, architecture))
+
+
 def test_weights_of_the_other_activation_are_refused(folder):
     with pytest.raises(WeightsError, match="quick_gelu is True, expected False"):
         AestheticReward.from_pretrained(record("aesthetic", folder, aesthetic_architecture(quick_gelu=False)))
@@ -173,3 +187,4 @@ def test_the_record_is_the_published_pair():
     assert clip == open_clip.get_model_config("ViT-L-14-quickgelu")
     assert own["predictor"]["widths"] == [768, 1024, 128, 64, 16, 1]
     assert own["predictor"]["filename"] == PREDICTOR
+    assert len(own["predictor"]["sha256"]) == 64

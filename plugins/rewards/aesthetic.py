@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -62,7 +63,8 @@ class AestheticReward(ClipReward):
     """A :class:`ClipReward` that ends in a :class:`Predictor`; ``score`` is in its output and needs no condition.
 
     An architecture is that of the CLIP and a table ``predictor``: ``widths`` (of the embedding and every layer's
-    output) and the ``filename`` of its weights, which lies beside the CLIP's in a folder or else in the hub's ``repo``.
+    output) and the ``filename`` of its weights, which lies beside the CLIP's in a folder or else in the hub's ``repo``;
+    with ``sha256`` the file must be exactly that one.
     """
 
     condition_kind = "nothing"
@@ -115,6 +117,7 @@ class AestheticReward(ClipReward):
         file = _predictor_file(record, table, **settings)  # 4 MB: first, before the tower is read for nothing
         with torch.device("meta"):
             predictor = Predictor(table["widths"])
+        _check_digest(file, table.get("sha256"))
         load_strictly(predictor, read_weights(file), file)
         reward = super().from_pretrained(
             attrs.evolve(record, architecture=clip), dtype=dtype, device=device, **settings
@@ -150,3 +153,15 @@ def _predictor_file(record: RewardRecord, table: Mapping[str, Any], **settings: 
     folder = place.parent if place.is_file() else place
     resolve_source(attrs.evolve(record, path=str(folder), filename=name))
     return folder / name
+
+
+def _check_digest(file: Path, wanted: str | None) -> None:
+    """:class:`WeightsError` for another file than the authors': widths alone would not tell it from a retrained one."""
+    if wanted is None:
+        return
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != wanted:
+        raise WeightsError(
+            f"{file} is not the file that was published (sha256 {found[:12]}.., expected {wanted[:12]}..); it is "
+            "truncated or another predictor. Download it again."
+        )
