@@ -27,11 +27,12 @@ SEPARATOR = "/"
 
 
 def load_rewards(
-    rewards: str | Reward | Sequence[str | Reward] | Mapping[str, Reward], device: torch.device | str = "cpu"
+    rewards: str | Reward | JointReward | Sequence[str | Reward] | Mapping[str, Reward],
+    device: torch.device | str = "cpu",
 ) -> dict[str, Reward]:
     """One or several rewards by their names, in the order given; :class:`ConfigError` for none or one given twice."""
-    if isinstance(rewards, Mapping):
-        return dict(rewards)
+    if isinstance(rewards, Mapping | JointReward):
+        return dict(rewards.rewards if isinstance(rewards, JointReward) else rewards)
     given = [rewards] if isinstance(rewards, str | Reward) else list(rewards)
     if not given:
         raise ConfigError("no reward was given; name at least one of 'stitchvm list'.")

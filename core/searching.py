@@ -99,7 +99,8 @@ class JointSearch:
     """Several rewards' results from one pass over the probe set; their value model shares one head.
 
     A backbone cut is judged by the sum over rewards of each one's criterion, every reward entered at the block that is
-    best for it there. The rewards' weights play no part: each branch is to be as good as it can.
+    best for it there. The rewards' weights play no part: each branch is to be as good as it can. Of the criteria only
+    ``mse`` differs in scale between rewards, so that one of them would decide alone.
     """
 
     results: dict[str, SearchResult]

@@ -19,7 +19,7 @@ from .examples import Examples, GenerationSettings, build_examples, cache_key, f
 from .files import make_folder
 from .finetune import FinetuneSettings, finetune
 from .images import ImageSource, open_images
-from .joint import checked_weights, load_rewards
+from .joint import JointReward, checked_weights, load_rewards
 from .loading import load_backbone, name_of
 from .provenance import model_identity
 from .reward import Reward
@@ -53,7 +53,7 @@ class StitchSettings:
 
 def stitch(
     backbone: str | Backbone,
-    reward: str | Reward | Sequence[str | Reward],
+    reward: str | Reward | Sequence[str | Reward] | JointReward,
     *,
     images: Any,
     out: str | Path | None = None,
@@ -88,6 +88,8 @@ def stitch(
             )  # fmt: skip
     work = make_folder(work if work is not None else folder / "work")  # type: ignore[operator]
     backbone, rewards, source = load_backbone(backbone), load_rewards(reward), open_images(images, chosen.count)
+    if weights is None and isinstance(reward, JointReward):
+        weights = reward.weights
     weights = checked_weights(tuple(rewards), weights)
     fixed = _fixed(chosen.interface, rewards)
     with CostMeter() as cost:

@@ -67,6 +67,20 @@ def test_only_the_plain_square_transformer_is_cut():
             Dinov2Reward(made, lambda images: images)
 
 
+def test_the_plain_embedding_is_timms(tmp_path):
+    """Without references there is no score, but an embedding: what timm gives for its own transform of the picture."""
+    net = reward_families.write_dinov2(tmp_path)
+    loaded = Dinov2Reward.from_pretrained(record("dinov2", tmp_path, dinov2_architecture()))
+    transform = timm.data.create_transform((3, 28, 28), interpolation="bicubic", crop_pct=1.0, crop_mode="center")
+    for sides in ((28, 28), (60, 40)):
+        image = _picture(*sides)
+        with torch.no_grad():
+            ours, theirs = loaded.judge(to_tensor(image)[None]), net(transform(image)[None])
+        assert float(F.cosine_similarity(ours.embedding, theirs)) > 0.999
+        with pytest.raises(ConfigError, match="needs a condition .images., none was given"):
+            loaded.condition(None)
+
+
 # -- references -------------------------------------------------------------------------------------------------------
 
 

@@ -174,6 +174,13 @@ def test_a_mistake_in_what_is_joined_is_one_clear_error(backbone, tmp_path, rewa
     assert not list(tmp_path.iterdir()), "nothing was searched or cached for it"
 
 
+def test_a_joint_reward_brings_its_weights(backbone, rewards, tmp_path) -> None:
+    joint = JointReward(rewards, [1, 0.5])
+    settings: dict[str, Any] = {"work": tmp_path, "recipe": SHORT, "interface": (2, 1, 1), **PROBES}
+    assert core.stitch(backbone, joint, **settings).weights == (1.0, 0.5)
+    assert core.stitch(backbone, joint, weights=[3, 3], **settings).weights == (3.0, 3.0)
+
+
 def test_an_earlier_search_must_be_for_the_same_rewards(backbone, found, tmp_path) -> None:
     with pytest.raises(ConfigError, match=f"the search was for {DFN}, but the value is for {DFN}, {HPS}"):
         core.stitch(
