@@ -158,6 +158,13 @@ def _disguised_bomb(file: Path) -> None:
     file.write_bytes(pickle.dumps(_Bomb(file.with_name("exploded"))))
 
 
+def test_the_pickles_here_would_run_their_code(tmp_path):
+    file = tmp_path / WEIGHTS
+    _disguised_bomb(file)
+    pickle.loads(file.read_bytes()).close()  # noqa: S301 - that it does is the point
+    assert (tmp_path / "exploded").exists()
+
+
 def _edit(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], file: Path) -> None:
     save_file(change({name: tensor.clone() for name, tensor in load_file(file).items()}), file)
 
@@ -259,3 +266,18 @@ def test_damaged_vae_and_text_encoders_are_reported_when_used(folders, kind, tmp
         part.decode_latents(torch.zeros(1, 4, 8, 8))
     with pytest.raises(WeightsError, match="text encoders"):
         part.encode_prompts(["a"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_in_a_pickled_vae_or_text_encoder_is_not_run(folders, kind, tmp_path):
+    copy = Path(shutil.copytree(folders(kind, single=True), tmp_path / "copy"))
+    _bomb(copy / "vae" / WEIGHTS)
+    text = copy / "text_encoder/model.safetensors"
+    _bomb(text)
+    text.with_suffix(".bin").rename(text.with_name("pytorch_model.bin"))
+    part = _load(copy, kind, cut=0)
+    with pytest.raises(WeightsError, match="can run code when read; save it as safetensors"):
+        part.decode_latents(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(WeightsError, match="text encoders in .* cannot be read"):
+        part.encode_prompts(["a"])
+    assert not list(copy.rglob("exploded"))
