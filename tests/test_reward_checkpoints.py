@@ -128,6 +128,16 @@ def test_a_wrong_checkpoint_is_one_clear_error(published, damage, tmp_path) -> N
     assert not mark.exists()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_openais_own_archives_are_refused(tmp_path) -> None:
+    """``ViT-L-14.pt`` as OpenAI serves it is TorchScript, code; the records name its conversion on the hub."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-L-14.pt")
+    record = reward_families.record("clip", tmp_path / "ViT-L-14.pt", PUBLISHED["open_clip bin"].architecture)
+    with pytest.raises(WeightsError, match="ViT-L-14.pt .* a TorchScript archive, which runs code") as caught:
+        load_reward(record)
+    assert "\n" not in str(caught.value)
+
+
 # -- the text side ----------------------------------------------------------------------------------------------------
 
 
