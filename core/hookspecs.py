@@ -39,7 +39,8 @@ class HookSpecs:
             @hookimpl
             def stitchvm_backbones():
                 yield Family(kind="backbone", name="sana", load="stitchvm_sana.model:Sana", spec_version=1,
-                             requires=("diffusers",), install="stitchvm-sana[diffusers]")
+                             requires=("diffusers",), install="stitchvm-sana[diffusers]",
+                             pipelines=("SanaPipeline",))  # what core.backbone_from hands to Sana.from_pipeline
                 yield BackboneRecord(name="sana-1.6b", family="sana", repo="some-lab/sana-1.6b-diffusers",
                                      dtype="bfloat16", licence="apache-2.0", architecture={...}, twin={...})
         """
