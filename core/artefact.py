@@ -44,6 +44,10 @@ class Provenance:
     cost: dict[str, Any] = attrs.field(factory=dict)
     seed: int = 0
 
+_NULL, _PROMPT = "null prompt", "prompt"
+"""What a head reads. No key of the config may bear the name of an argument of the value model, or the hub mixin would
+pass it on."""
+
 
 def config_of(value: StitchedValue) -> dict[str, Any]:
     """The artefact's ``config.json``."""
@@ -60,7 +64,8 @@ def config_of(value: StitchedValue) -> dict[str, Any]:
     return {
         "library": "stitchvm", "format": FORMAT, "backbone": model_identity(backbone),
         "latent_channels": backbone.latent_channels, "fingerprint": weights_digest(value.head.part.net),
-        "i": value.head.cut, "stitches": rewards, "versions": versions(), **attrs.asdict(value.provenance),
+        "i": value.head.cut, "head_reads": _PROMPT if value.prompted else _NULL, "stitches": rewards,
+        "versions": versions(), **attrs.asdict(value.provenance),
     }  # fmt: skip
 
 
@@ -109,6 +114,7 @@ def load(
         head, {entry["name"]: _branch(rewards[entry["name"]], entry) for entry in config["stitches"]}, null,
         [entry["weight"] for entry in config["stitches"]], rewards,
         Provenance(**{field.name: config[field.name] for field in attrs.fields(Provenance)}),
+        prompted=config.get("head_reads", _NULL) == _PROMPT,
     )  # fmt: skip
     own = {n.removeprefix("branches."): t for n, t in tensors.items() if n.startswith("branches.")}
     try:

@@ -47,14 +47,16 @@ class Estimator(Protocol):
 
 @attrs.frozen(eq=False)
 class Stitched:
-    """The stitched value model: one truncated pass, no denoiser, no decoder."""
+    """The stitched value model: one truncated pass, no denoiser, no decoder; under the sampler's own prompt where the
+    model reads it."""
 
     value: StitchedValue
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, context: Prompted, prediction: Prediction | None = None
     ) -> Tensor:
-        return self.value(latents, sigma, context.reward_condition)
+        prompt = context.denoiser.condition if self.value.prompted else None
+        return self.value(latents, sigma, context.reward_condition, prompt=prompt)
 
 
 @attrs.frozen(eq=False)

@@ -21,6 +21,7 @@ from .backbone import Backbone
 from .errors import ArtefactError, DataError
 from .files import make_folder, read_json, write_json, write_tensors
 from .images import ImageSource
+from .paths import Prediction
 from .progress import track
 from .reward import Reward
 from .sampling import Denoiser, sample, seeded_noise
@@ -31,13 +32,23 @@ SHARD = 256
 
 
 @attrs.frozen(eq=False)
+class States:
+    """A sampler's own noisy ``latents [B, S, C, h, w]`` at ``sigmas [S]``."""
+
+    latents: Tensor
+    sigmas: Tensor
+
+
+@attrs.frozen(eq=False)
 class CleanBatch:
-    """``latents [B, C, h, w]``, their ``images [B, 3, H, W]`` in [0, 1], and the prompts they were drawn for (or
-    None)."""
+    """``latents [B, C, h, w]``, their ``images [B, 3, H, W]`` in [0, 1], the prompts they were drawn for (or None) with
+    their ``numbers [B]`` in the list of prompts, and the ``states`` the sampler passed through (or None)."""
 
     latents: Tensor
     images: Tensor
     prompts: tuple[str, ...] | None = None
+    numbers: Tensor | None = None
+    states: States | None = None
 
 
 Latents = Callable[[int], Iterator[CleanBatch]]
@@ -45,6 +56,12 @@ Latents = Callable[[int], Iterator[CleanBatch]]
 
 CONDITION = "condition."
 """Prefix of the columns that hold what a reward's score was compared with."""
+
+PROMPT = "prompt"
+"""The column that tells which examples were drawn for one prompt: its number in the list of prompts."""
+
+STATES, STATE_SIGMAS = "states", "state_sigmas"
+"""The columns of the sampler's own states, ``[S, C, h, w]`` an example, and of their noise levels, ``[S]``."""
 
 
 @attrs.frozen(eq=False)
@@ -74,19 +91,39 @@ class Examples:
         back = torch.argsort(torch.tensor(order))
         return {name: torch.cat(parts).float()[back] for name, parts in columns.items()}
 
+    def column(self, name: str) -> Tensor | None:
+        """One tensor of every example, stacked, in float32; None where this cache has no such column."""
+        parts = []
+        for number in range(-(-self.count // SHARD)):
+            with safe_open(_shard(self.folder, number), framework="pt") as file:
+                if name not in file.keys():  # noqa: SIM118 - the handle is not iterable
+                    return None
+                parts.append(file.get_tensor(name).float())
+        return torch.cat(parts)
+
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
-def from_images(backbone: Backbone, source: ImageSource, count: int | None, resolution: int, batch: int) -> Latents:
-    """Latents of real images, in the source's order."""
+def from_images(
+    backbone: Backbone, source: ImageSource, count: int | None, resolution: int, batch: int, decoded: float = 0.0
+) -> Latents:
+    """Latents of real images, in the source's order; a share of them, evenly spread, with their decoding as the
+    image."""
 
     def produce(start: int) -> Iterator[CleanBatch]:
         limit = None if count is None else count - start
+        first = start
         for images in source.batches(resolution, batch, limit=limit, skip=start):
             images = images.to(backbone.device)
-            yield CleanBatch(backbone.encode_images(images), images)
+            latents = backbone.encode_images(images)
+            numbers = range(first, first + len(images))
+            rows = [row for row, n in enumerate(numbers) if int((n + 1) * decoded) > int(n * decoded)]
+            if rows:
+                images[rows] = backbone.decode_latents(latents[rows]).clamp(0, 1).to(images)
+            first += len(images)
+            yield CleanBatch(latents, images)
 
     return produce
 
@@ -94,11 +131,16 @@ def from_images(backbone: Backbone, source: ImageSource, count: int | None, reso
 @attrs.frozen
 class GenerationSettings:
     """How the backbone's own samples are drawn: plain ODE sampling, ``steps`` steps, classifier-free
-    ``guidance_scale``."""
+    ``guidance_scale``; ``states`` of the latents on the way are kept with each, spread evenly over the steps."""
 
     steps: int = attrs.field(default=28, validator=attrs.validators.gt(0))
     guidance_scale: float = 3.0
     seed: int = 0
+    states: int = attrs.field(default=14, validator=attrs.validators.ge(0))
+
+    def kept_steps(self) -> tuple[int, ...]:
+        """Before which steps the latents are kept."""
+        return tuple(sorted({k * self.steps // self.states for k in range(self.states)})) if self.states else ()
 
 
 def from_samples(
@@ -110,6 +152,7 @@ def from_samples(
     """
     side = resolution // backbone.latent_factor
     sigmas = backbone.sigmas(settings.steps, (side, side))
+    kept = settings.kept_steps()
 
     def produce(start: int) -> Iterator[CleanBatch]:
         null = backbone.null_condition().to(backbone.device)
@@ -120,9 +163,19 @@ def from_samples(
             denoiser = Denoiser(backbone, condition, null, settings.guidance_scale)
             seeds = [stream_seed(settings.seed, n) for n in numbers]
             noise = seeded_noise(seeds, (backbone.latent_channels, side, side), backbone.device)
-            latents = sample(denoiser, noise, sigmas)
+            passed: list[Tensor] = []
+
+            def keep(step: int, latents: Tensor, _: Prediction, passed: list[Tensor] = passed) -> None:
+                if step in kept:
+                    passed.append(latents)
+
+            latents = sample(denoiser, noise, sigmas, callback=keep)
             images = backbone.decode_latents(latents).clamp(0, 1)
-            yield CleanBatch(latents, images, asked if all(asked) else None)
+            states = States(torch.stack(passed, 1), sigmas[list(kept)]) if kept else None
+            if all(asked):
+                yield CleanBatch(latents, images, asked, torch.tensor([n % len(prompts) for n in numbers]), states)
+            else:
+                yield CleanBatch(latents, images, states=states)
 
     return produce
 
@@ -181,6 +234,11 @@ def _shards(batches: Iterator[CleanBatch], rewards: Mapping[str, Reward]) -> Ite
     waiting: dict[str, Tensor] = {}
     for batch in batches:
         fresh = {"latents": batch.latents.float()}
+        if batch.numbers is not None:
+            fresh[PROMPT] = batch.numbers.float()
+        if batch.states is not None:
+            fresh[STATES] = batch.states.latents.half()
+            fresh[STATE_SIGMAS] = batch.states.sigmas.float().expand(len(batch.latents), -1)
         for name, reward in rewards.items():
             fresh |= {f"{name}/{key}": target for key, target in _targets(reward, batch).items()}
         waiting = {k: torch.cat([waiting[k], v]) for k, v in fresh.items()} if waiting else fresh

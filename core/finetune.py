@@ -17,16 +17,16 @@ import attrs
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .backbone import Backbone
-from .conditions import Condition
+from .batches import GROUP, Batches
+from .conditions import Condition, concatenate
 from .errors import ArtefactError, ConfigError, NonFiniteError
-from .examples import CONDITION, Examples
+from .examples import PROMPT, Examples
 from .files import read_metadata, read_tensors, write_tensors
+from .objectives import distillation_loss, predicted_score, ranking_loss
 from .progress import track
-from .reward import Reward, RewardOutput
-from .seeds import stream_seed
+from .reward import Reward
 from .value import Branch, StitchedValue
 
 positive: Any = attrs.validators.gt(0)
@@ -40,8 +40,13 @@ class FinetuneSettings:
 
     ``score_weight`` counts where examples have a score: rewards that need no condition, and samples drawn for a prompt.
     ``layer_multiplier`` scales the stitching layer's learning rate; ``schedule`` is what follows the warm-up;
-    ``noise`` the distribution of sigma on [0, 1] (``logit-normal`` is centre-biased); ``generated`` the share of each
-    batch drawn from the backbone's own samples; ``checkpoint_every`` counts steps.
+    ``noise`` the distribution of sigma on [0, 1] (``logit-normal`` is centre-biased); ``decoded`` the share of real
+    images whose reward is read off their latent's decoding, as a sample's is (0, as they are, in the paper);
+    ``generated`` the share of each batch drawn from the backbone's own samples; ``on_policy`` the share of those that
+    are read where the sampler itself passed through, rather than noised again; ``seeds_per_prompt`` how many of them
+    are drawn for one prompt and read at one noise level, which ``rank_weight`` holds to their rewards' order
+    (:func:`ranking_loss`, not in the paper); ``prompted`` the share of them whose head reads the prompt they were drawn
+    for (0, the null prompt, in the paper); ``checkpoint_every`` counts steps.
     """
 
     steps: int = attrs.field(default=2000, validator=positive)
@@ -63,51 +68,21 @@ class FinetuneSettings:
         default="squared", validator=attrs.validators.in_(("squared", "smooth-l1"))
     )
     clip_norm: float = attrs.field(default=1.0, validator=positive)
+    decoded: float = attrs.field(default=0.0, validator=share)
     generated: float = attrs.field(default=0.0, validator=share)
+    on_policy: float = attrs.field(default=0.0, validator=share)
+    seeds_per_prompt: int = attrs.field(default=1, validator=positive)
+    rank_weight: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
+    prompted: float = attrs.field(default=0.0, validator=share)
     mixed_precision: Literal["no", "bf16", "fp16"] = attrs.field(
         default="no", validator=attrs.validators.in_(("no", "bf16", "fp16"))
     )
     checkpoint_every: int = attrs.field(default=100, validator=positive)
     seed: int = 0
 
-
-def draw_sigma(kind: str, count: int, generator: torch.Generator) -> Tensor:
-    """``[count]`` noise levels in (0, 1)."""
-    return (
-        torch.rand(count, generator=generator)
-        if kind == "uniform"
-        else torch.randn(count, generator=generator).sigmoid()
-    )
-
-
-def distillation_loss(
-    output: RewardOutput, target: Mapping[str, Tensor], settings: FinetuneSettings, score: Tensor | None = None
-) -> Tensor:
-    """Squared l2 between normalised embeddings, plus tokens (mean over tokens, per channel), plus the error of
-    ``score [B]``.
-
-    Only the squared score error has ``E[r(z0) | z_t]`` as its minimiser (paper, L_value); the paper's aesthetic recipe
-    takes Smooth-l1. The token term is divided by the width, so that its weight means the same for narrow and wide
-    towers. ``score`` may cover fewer examples than the rest: those whose target has one (is no NaN), in their order.
-    """
-    embedding = F.normalize(output.embedding.float(), dim=-1) - F.normalize(target["embedding"], dim=-1)
-    loss = settings.embedding_weight * embedding.square().sum(-1).mean()
-    loss = loss + settings.token_weight * F.mse_loss(output.tokens.float(), target["tokens"])
-    if score is not None:
-        error = F.mse_loss if settings.score_loss == "squared" else F.smooth_l1_loss
-        known = target["score"]
-        loss = loss + settings.score_weight * error(score.float(), known[~known.isnan()])
-    return loss
-
-
-def predicted_score(reward: Reward, output: RewardOutput, target: Mapping[str, Tensor]) -> Tensor | None:
-    """The scores of the examples whose target has one, against the condition it was read with; None if none has."""
-    if "score" not in target or bool(target["score"].isnan().all()):
-        return None
-    rows = ~target["score"].isnan()
-    condition = {key.removeprefix(CONDITION): t[rows] for key, t in target.items() if key.startswith(CONDITION)}
-    score = None if output.score is None else output.score[rows]
-    return reward.score(RewardOutput(output.tokens[rows], output.embedding[rows], score), Condition(condition))
+    def __attrs_post_init__(self) -> None:
+        if self.rank_weight and self.seeds_per_prompt < 2:
+            raise ConfigError("rank_weight compares the seeds of one prompt; set seeds_per_prompt to at least 2.")
 
 
 def finetune(
@@ -116,19 +91,28 @@ def finetune(
     settings: FinetuneSettings,
     *,
     samples: Examples | None = None,
+    prompts: Condition | None = None,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Train a value model's branches in place and return the loss of every step.
 
     ``images`` and ``samples`` are caches of real and generated examples; ``settings.generated`` says how they mix.
+    ``prompts`` is the backbone's condition of all prompts that samples were drawn for, in their order; only a recipe
+    with ``prompted`` needs it.
     With a ``checkpoint`` folder the state is saved there every ``checkpoint_every`` steps, and a run that finds one
     goes on from it.
 
-    Raises ``ConfigError`` when the mix asks for a cache that is missing, ``ArtefactError`` for another recipe's
-    checkpoint, :class:`NonFiniteError` when the loss is not finite (the last checkpoint stays).
+    Raises ``ConfigError`` when the recipe asks for a cache or prompts that are missing, ``ArtefactError`` for another
+    recipe's checkpoint, :class:`NonFiniteError` when the loss is not finite (the last checkpoint stays).
     """
-    sources = _mix(images, samples, settings)
+    backbone = value.head.part
+    assert isinstance(backbone, Backbone)
+    batches = Batches.of(backbone, images, samples, settings)
+    if settings.prompted and prompts is None:
+        raise ConfigError("the recipe reads samples under the prompts they were drawn for; pass prompts.")
+    # the null prompt comes first; the number of a row without a prompt is -1
+    texts = value.null.to("cpu") if prompts is None else concatenate([value.null.to("cpu"), prompts])
     accelerator = Accelerator(cpu=value.device.type == "cpu", mixed_precision=settings.mixed_precision)
     optimiser = _optimiser(value, settings)
     step_module, optimiser = accelerator.prepare(_Branches(value), optimiser)
@@ -139,9 +123,12 @@ def finetune(
     for step in track(range(len(losses), settings.steps), "finetune", settings.steps - len(losses), progress):
         for group in optimiser.param_groups:
             group["lr"] = group["base"] * _schedule(step, settings)
-        batch = _batch(value, sources, settings, step, accelerator.process_index, accelerator.num_processes)
-        with torch.no_grad():
-            features = value.features(batch.pop("noisy"), batch.pop("sigma"))
+        # each process takes its own share of the same global batch
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        batch = {name: tensor[share].to(value.device) for name, tensor in batches(step).items()}
+        with torch.no_grad(), accelerator.autocast():
+            read = texts.index(batch.pop(PROMPT).long().cpu() + 1) if settings.prompted else None
+            features = value.features(batch.pop("noisy"), batch.pop("sigma"), read)
         with accelerator.autocast():
             loss = step_module(features, batch, settings)
         accelerator.backward(loss)
@@ -176,6 +163,8 @@ class _Branches(nn.Module):
             output = branch(features)
             score = predicted_score(branch.tail.part, output, own)
             losses.append(distillation_loss(output, own, settings, score))
+            if settings.rank_weight and score is not None and GROUP in targets:
+                losses.append(settings.rank_weight * ranking_loss(score, own["score"], targets[GROUP]))
         return torch.stack(losses).sum()
 
 
@@ -198,56 +187,6 @@ def _schedule(step: int, settings: FinetuneSettings) -> float:
         return 1.0
     done = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _mix(images: Examples | None, samples: Examples | None, settings: FinetuneSettings) -> list[tuple[Examples, float]]:
-    mix = [(images, 1 - settings.generated), (samples, settings.generated)]
-    for (examples, part), name in zip(mix, ("real images", "generated samples"), strict=True):
-        if part > 0 and examples is None:
-            raise ConfigError(f"the recipe takes {part:.0%} of its latents from {name}, but none were given.")
-    return [(examples, part) for examples, part in mix if examples is not None and part > 0]
-
-
-def _batch(
-    value: StitchedValue,
-    sources: list[tuple[Examples, float]],
-    settings: FinetuneSettings,
-    step: int,
-    rank: int,
-    world: int,
-) -> dict[str, Tensor]:
-    """Step ``step``'s noisy latents, levels and targets; each process takes its own share of the same global batch."""
-    generator = torch.Generator().manual_seed(stream_seed(settings.seed, step))
-    sizes = [round(part * settings.batch_size) for _, part in sources]
-    sizes[0] += settings.batch_size - sum(sizes)
-    parts = []
-    for (examples, _), size in zip(sources, sizes, strict=True):
-        rows = torch.randint(len(examples), (size,), generator=generator).tolist()
-        parts.append(examples.read(rows))
-    batch = join_sources(parts)
-    sigma = draw_sigma(settings.noise, settings.batch_size, generator)
-    noise = torch.randn(batch["latents"].shape, generator=generator)
-    backbone = value.head.part
-    assert isinstance(backbone, Backbone)
-    noisy = backbone.path.add_noise(batch.pop("latents"), noise, sigma)
-    whole = {"noisy": noisy, "sigma": sigma, **batch}
-    return {name: tensor[rank::world].to(value.device) for name, tensor in whole.items()}
-
-
-def join_sources(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Examples of several sources as one batch. What a source lacks (a photograph was drawn for no prompt) is NaN, so
-    that using it by mistake would show in the loss."""
-    columns = {name: tensor for part in parts for name, tensor in part.items()}
-    sizes = [len(part["latents"]) for part in parts]
-    return {
-        name: torch.cat(
-            [
-                part.get(name, like.new_full((size, *like.shape[1:]), torch.nan))
-                for part, size in zip(parts, sizes, strict=True)
-            ]
-        )
-        for name, like in columns.items()
-    }
 
 
 class _Checkpoint:

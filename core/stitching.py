@@ -12,6 +12,7 @@ import attrs
 from . import plots
 from .artefact import Provenance
 from .backbone import Backbone
+from .conditions import Condition, concatenate
 from .costs import CostMeter
 from .criteria import Criterion
 from .errors import ConfigError
@@ -101,7 +102,11 @@ def stitch(
                "positions": chosen.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
                "pair": [model_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
         checkpoint = work / f"finetune-{cache_key(run)}"
-        losses = finetune(value, real, recipe, samples=generated, checkpoint=checkpoint, progress=progress)
+        value.prompted = recipe.prompted > 0
+        read = _encoded(backbone, prompts) if value.prompted else None
+        losses = finetune(
+            value, real, recipe, samples=generated, prompts=read, checkpoint=checkpoint, progress=progress
+        )
     value.requires_grad_(False)
     value.provenance = Provenance(
         recipe=attrs.asdict(recipe),
@@ -182,6 +187,14 @@ def joined(
     return StitchedValue(Head(backbone, i), branches, backbone.null_condition(), weights, rewards)
 
 
+def _encoded(backbone: Backbone, prompts: Sequence[str] | None) -> Condition:
+    """The backbone's condition of every prompt, in the order of the examples' numbers, on the CPU."""
+    if not prompts:
+        raise ConfigError("the recipe reads samples under the prompts they are drawn for; pass prompts.")
+    parts = [list(prompts[start : start + 32]) for start in range(0, len(prompts), 32)]
+    return concatenate([backbone.encode_prompts(part).to("cpu") for part in parts])
+
+
 def initial_value(
     backbone: Backbone, reward: Reward, result: SearchResult, interface: Interface, *, positions: bool = False
 ) -> StitchedValue:
@@ -211,8 +224,8 @@ def training_examples(
     pair = {"backbone": model_identity(backbone), "reward": judges, "resolution": side}
     real = generated = None
     if recipe.generated < 1:
-        key = {**pair, "images": source.fingerprint(), "count": settings.count}
-        latents = from_images(backbone, source, settings.count, side, settings.batch)
+        key = {**pair, "images": source.fingerprint(), "count": settings.count, "decoded": recipe.decoded}
+        latents = from_images(backbone, source, settings.count, side, settings.batch, recipe.decoded)
         real = build_examples(
             work / f"images-{cache_key(key)}",
             latents,
@@ -224,9 +237,10 @@ def training_examples(
         )
     if recipe.generated > 0:
         asked = list(prompts) if prompts is not None else [""]
+        generation = settings.generation if recipe.on_policy > 0 else attrs.evolve(settings.generation, states=0)
         key = {**pair, "prompts": cache_key({"prompts": asked}), "count": settings.samples,
-               "generation": attrs.asdict(settings.generation), "scored": True}  # fmt: skip
-        drawn = from_samples(backbone, asked, settings.samples, side, settings.batch, settings.generation)
+               "generation": attrs.asdict(generation), "scored": True}  # fmt: skip
+        drawn = from_samples(backbone, asked, settings.samples, side, settings.batch, generation)
         generated = build_examples(
             work / f"samples-{cache_key(key)}",
             drawn,

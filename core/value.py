@@ -51,8 +51,9 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
     """One head and one branch a reward. ``value(latents, sigma, condition)`` reads noisy latents with the rewards'
     skill.
 
-    The head is frozen and runs under the backbone's null prompt and the true noise level; several rewards share its
-    pass and are summed with ``weights``. The backbone's own text encoders and VAE are not needed.
+    The head is frozen and runs under the true noise level and the backbone's null prompt (paper), or, for a model
+    that was also trained so (``prompted``), under the prompt that a latent is being denoised for. Several rewards share
+    its pass and are summed with ``weights``. The backbone's own text encoders and VAE are not needed.
     """
 
     def __init__(
@@ -63,8 +64,11 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         weights: Sequence[float] | None = None,
         rewards: Mapping[str, Reward] | None = None,
         provenance: Provenance | None = None,
+        *,
+        prompted: bool = False,
     ) -> None:
         super().__init__()
+        self.prompted = prompted
         self.head = head.requires_grad_(False).eval()
         self.names = tuple(branches)
         self.branches = nn.ModuleList(branches.values())
@@ -132,32 +136,43 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         """Where the (first) reward was cut in."""
         return Interface(self.head.cut, self._branch(name or self.names[0]).tail.j)
 
-    def features(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
-        """``[B, C, H, W]`` backbone features under the null prompt, counted as ``head``."""
+    def features(self, latents: Tensor, sigma: float | Tensor, prompt: Condition | None = None) -> Tensor:
+        """``[B, C, H, W]`` backbone features under ``prompt`` (the null prompt if None), counted as ``head``.
+
+        Raises :class:`ConfigError` for a prompt when the model was trained under the null prompt alone.
+        """
+        if prompt is not None and not self.prompted:
+            raise ConfigError("this value model's head reads the null prompt alone; leave the backbone's prompt out.")
         backbone = self.head.part
         assert isinstance(backbone, Backbone)
         x: NoisyLatent = backbone.noisy(latents, sigma)
         if self.head.cut >= 0:
             count("head", len(latents))
-        null = self.null.to(latents.device).expand(len(latents))
-        grid: Tensor = self.head(x, null)
+        condition = (self.null if prompt is None else prompt).to(latents.device).expand(len(latents))
+        grid: Tensor = self.head(x, condition)
         return grid.to(next(self.branches.parameters()).dtype)
 
-    def outputs(self, latents: Tensor, sigma: float | Tensor) -> dict[str, RewardOutput]:
+    def outputs(
+        self, latents: Tensor, sigma: float | Tensor, prompt: Condition | None = None
+    ) -> dict[str, RewardOutput]:
         """Every reward's output on noisy latents ``[B, C, h, w]``: embeddings for retrieval, tokens for
         distillation."""
-        return self.read(self.features(latents, sigma))
+        return self.read(self.features(latents, sigma, prompt))
 
     def read(self, features: Tensor) -> dict[str, RewardOutput]:
         """Every reward's output from the head's features, counted as ``tail``."""
         count("tail", len(features) * len(self.names))
         return {name: branch(features) for name, branch in zip(self.names, self.branches, strict=True)}
 
-    def forward(self, latents: Tensor, sigma: float | Tensor, condition: Given = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, sigma: float | Tensor, condition: Given = None, *, prompt: Condition | None = None
+    ) -> Tensor:
         """``[B]``: the weighted sum of the rewards' values, differentiable in ``latents [B, C, h, w]``.
 
         ``condition`` is what the rewards compare with: prompts (given once for all rewards that read some), a ready
         condition (both of one sample or B), a mapping from reward name to either, or None for rewards that need none.
+        ``prompt`` is the backbone's own condition that the latents are being denoised under, if the model is
+        ``prompted``.
 
         Raises ``SliceError`` for wrong latents, ``NoiseLevelError`` for a sigma outside [0, 1], ``ConfigError`` for a
         missing or surplus condition.
@@ -165,7 +180,7 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         parts = shares(condition, self._kinds())
         ready = {name: self._ready(name, part) for name, part in parts.items()}  # a mistake here costs no pass
         values = []
-        for (name, output), weight in zip(self.outputs(latents, sigma).items(), self.weights, strict=True):
+        for (name, output), weight in zip(self.outputs(latents, sigma, prompt).items(), self.weights, strict=True):
             own = ready[name].to(latents.device).expand(len(latents))
             values.append(weight * self._scorer(name).score(output, own))
         return torch.stack(values).sum(0)

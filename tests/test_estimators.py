@@ -100,3 +100,17 @@ def test_gradients_are_the_closed_form(sigma):
         value = estimator(latents, torch.tensor(sigma), context(backbone, 64))
         (gradient,) = torch.autograd.grad(value.sum(), latents)
         assert torch.allclose(gradient, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+def test_a_prompted_value_reads_what_the_sampler_was_asked_for(prompted):
+    """Under prompt "2" the posterior is that of a mean moved by 2; a value that was not trained so reads the null
+    prompt whatever is sampled."""
+    backbone, reward = GaussianBackbone(), LinearReward()
+    value = exact_stitched(backbone, reward)
+    value.prompted = prompted
+    asked = Denoiser(backbone, backbone.encode_prompts(["2"] * 64), backbone.null_condition())
+    latents = noisy(backbone, 0.5)
+    read = Stitched(value)(latents, torch.tensor(0.5), Prompted(asked, Condition()))
+    truth = reward.expectation(*backbone.posterior(latents, 0.5, 2.0 if prompted else 0.0))
+    assert torch.allclose(read, truth, atol=2e-5)

@@ -9,23 +9,19 @@ import sys
 import time
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
 from analytic import GaussianBackbone, LinearReward, MomentReward, QuadraticReward
 from families import clip
 from stitchvm import core
+from stitchvm.core.batches import GROUP, Batches, draw_sigma, join_sources
 from stitchvm.core.examples import CleanBatch, Examples, GenerationSettings, build_examples, from_images, from_samples
 from stitchvm.core.files import read_tensors
-from stitchvm.core.finetune import (
-    FinetuneSettings,
-    distillation_loss,
-    draw_sigma,
-    finetune,
-    join_sources,
-    predicted_score,
-)
+from stitchvm.core.finetune import FinetuneSettings, finetune
 from stitchvm.core.images import open_images
+from stitchvm.core.objectives import distillation_loss, predicted_score, ranking_loss
 from stitchvm.core.reward import RewardOutput
 from stitchvm.core.stitching import initial_value
 
@@ -104,18 +100,156 @@ def test_the_mix_draws_its_share_of_generated_latents(tmp_path: Path) -> None:
     name = type(reward).__name__
     samples = build_examples(tmp_path / "s", drawn, {name: reward}, {}, 300, label="s", progress=False)
     real = examples(tmp_path / "r", reward, 300)
-    from stitchvm.core.finetune import _batch, _mix
-
-    recipe = FinetuneSettings(batch_size=400, generated=0.75)
-    batch = _batch(untrained(reward), _mix(real, samples, recipe), recipe, 0, 0, 1)
+    batch = Batches.of(backbone, real, samples, FinetuneSettings(batch_size=400, generated=0.75))(0)
     shifted = batch[f"{name}/score"] > 0.75 * 5 / 2  # prompt "5" lifts the linear reward by 0.75 * 5
     assert int(shifted.sum()) == 300
+
+
+class Lossy(GaussianBackbone):
+    """An autoencoder that loses something: what it decodes is a tenth darker."""
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().decode_latents(latents) - 0.1
+
+
+def test_a_share_of_the_images_is_judged_as_decoded() -> None:
+    images = torch.rand(10, 3, 2, 2, generator=torch.Generator().manual_seed(0)) / 2 + 0.25
+    produce = from_images(Lossy(), open_images(list(images)), 10, 2, 4, decoded=0.5)
+    for start in (0, 3):  # resumed in the middle, the same images are decoded
+        judged = torch.cat([batch.images for batch in produce(start)])
+        darker = (judged - images[start:]).mean((1, 2, 3))
+        torch.testing.assert_close(darker, torch.tensor([0.0, -0.1] * 5)[start:], rtol=0, atol=1e-6)
 
 
 def test_a_mix_without_samples_is_an_error(tmp_path: Path) -> None:
     reward = LinearReward()
     with pytest.raises(core.ConfigError, match="75% of its latents from generated samples"):
         finetune(untrained(reward), examples(tmp_path, reward, 300), FinetuneSettings(generated=0.75), progress=False)
+
+
+def own_samples(folder: Path, reward: MomentReward, count: int, states: int, seed: int = 0) -> Examples:
+    """The Gaussian backbone's own unguided samples of the null prompt, with ``states`` of their trajectories."""
+    settings = GenerationSettings(steps=32, guidance_scale=1.0, seed=seed, states=states)
+    drawn = from_samples(GaussianBackbone(), [""], count, 2, 512, settings)
+    return build_examples(folder, drawn, {type(reward).__name__: reward}, {}, count, label="own", progress=False)
+
+
+def test_states_of_the_sampler_are_kept_with_their_levels(tmp_path: Path) -> None:
+    samples = own_samples(tmp_path, LinearReward(), 600, states=4).read(range(600))
+    assert samples["states"].shape == (600, 4, 3, 2, 2)
+    assert torch.equal(samples["state_sigmas"][0], torch.tensor([1.0, 0.75, 0.5, 0.25]))
+    backbone, null = GaussianBackbone(), GaussianBackbone().null_condition()
+    resumed = core.sample(core.Denoiser(backbone, null, null), samples["states"][:, 2], torch.linspace(0.5, 0, 17))
+    # kept in half precision: 2 ** -11 relative
+    torch.testing.assert_close(resumed, samples["latents"], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("on_policy", [1.0, 0.0])
+def test_states_of_the_sampler_teach_what_becomes_of_them(tmp_path: Path, on_policy: float) -> None:
+    """An ODE leaves no doubt what a state becomes, ``r(z0(z_t))``; noised again, a sample is only expected to.
+
+    In this world the two differ by the slopes ``s / sqrt(v)`` and ``(1 - t) s^2 / v`` of ``z0``, with ``v = (1 - t)^2
+    s^2 + t^2``: 1.25 and 0.78 at t = 0.5, which is 37 % of the reward's standard deviation.
+    """
+    reward = LinearReward()
+    torch.manual_seed(0)
+    value = untrained(reward)
+    samples = own_samples(tmp_path / "train", reward, 4096, states=16)
+    finetune(
+        value, None, attrs.evolve(ANALYTIC, generated=1.0, on_policy=on_policy), samples=samples, progress=False
+    )
+    fresh = own_samples(tmp_path / "test", reward, 512, states=16, seed=1).read(range(512))
+    truth = fresh["LinearReward/score"]
+    with torch.no_grad():
+        read = value(fresh["states"][:, 8], 0.5)
+    error = float((read - truth).square().mean().sqrt() / truth.std())
+    assert error < 0.1 if on_policy else 0.3 < error < 0.45
+
+
+def test_seeds_of_one_prompt_are_read_at_one_level(tmp_path: Path) -> None:
+    backbone, reward = GaussianBackbone(), LinearReward()
+    drawn = from_samples(backbone, ["1", "2", "3"], 60, 2, 20, GenerationSettings(steps=4, states=2))
+    samples = build_examples(tmp_path, drawn, {"r": reward}, {}, 60, label="s", progress=False)
+    recipe = FinetuneSettings(batch_size=32, generated=1.0, on_policy=0.5, seeds_per_prompt=4, rank_weight=1.0)
+    batch = Batches.of(backbone, None, samples, recipe)(3)
+    prompt = samples.column("prompt")
+    assert prompt is not None
+    scores = samples.column("r/score")
+    assert scores is not None
+    for number in range(8):
+        of_group = batch[GROUP] == number
+        assert int(of_group.sum()) == 4
+        assert batch["sigma"][of_group].unique().numel() == 1
+        rows = [int((scores == score).nonzero()) for score in batch["r/score"][of_group]]
+        assert len(set(rows)) == 4 and prompt[rows].unique().numel() == 1
+    # half of the groups sit on the sampler's own two levels, the others on levels of their own
+    assert int(torch.isin(batch["sigma"], torch.tensor([1.0, 0.5])).sum()) == 16
+
+
+def test_too_few_seeds_of_a_prompt_are_an_error(tmp_path: Path) -> None:
+    samples = own_samples(tmp_path, LinearReward(), 3, states=0)
+    recipe = FinetuneSettings(generated=1.0, seeds_per_prompt=4)
+    with pytest.raises(core.ConfigError, match="compares 4 seeds of a prompt, but the samples hold 0"):
+        finetune(untrained(LinearReward()), None, recipe, samples=samples, progress=False)
+
+
+def test_ranking_loss_is_one_minus_the_mean_correlation_of_the_groups() -> None:
+    draw = torch.Generator().manual_seed(0)
+    target, score = torch.randn(2, 12, generator=draw)
+    group = torch.tensor([0.0] * 4 + [1.0] * 4 + [-1.0] * 4)
+    target[8:10] = torch.nan
+    truth = [torch.corrcoef(torch.stack([score[k : k + 4], target[k : k + 4]]))[0, 1] for k in (0, 4)]
+    known = ~target.isnan()
+    loss = ranking_loss(score[known], target, group)
+    assert loss == pytest.approx(1 - float(sum(truth)) / 2, abs=1e-6)
+    # neither a shift nor a scale of one group's scores changes it
+    moved = torch.cat([5 * score[:4] + 3, score[4:]])
+    assert ranking_loss(moved[known], target, group) == pytest.approx(float(loss), abs=1e-5)
+    target[:4] = 0.7  # a group without an order drops out
+    assert ranking_loss(score[known], target, group) == pytest.approx(1 - float(truth[1]), abs=1e-6)
+
+
+def test_the_ranking_loss_of_a_value_that_ignores_the_seed_has_a_finite_gradient() -> None:
+    score = torch.full((8,), 0.9, requires_grad=True)
+    target = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    ranking_loss(score, target, torch.zeros(8)).backward()
+    assert score.grad is not None and bool(score.grad.isfinite().all())
+
+
+def test_a_prompted_head_reads_what_the_sample_was_drawn_for(tmp_path: Path) -> None:
+    """Prompt "2" moves the latents' mean by 2: under it the posterior, and with it the value, is another one.
+
+    The bound is that of the unprompted case above; reading the null prompt instead is off by more than the whole
+    standard deviation of the reward.
+    """
+    backbone, reward = GaussianBackbone(), LinearReward()
+    torch.manual_seed(0)
+    value = untrained(reward)
+    value.prompted = True
+    drawn = from_samples(backbone, ["0", "2"], 4096, 2, 512, GenerationSettings(steps=32, guidance_scale=1, states=0))
+    samples = build_examples(tmp_path, drawn, {"LinearReward": reward}, {}, 4096, label="s", progress=False)
+    recipe = attrs.evolve(ANALYTIC, generated=1.0, prompted=1.0)
+    with pytest.raises(core.ConfigError, match="pass prompts"):
+        finetune(value, None, recipe, samples=samples, progress=False)
+    finetune(value, None, recipe, samples=samples, prompts=backbone.encode_prompts(["0", "2"]), progress=False)
+    noise = torch.Generator().manual_seed(3)
+    for sigma in (0.25, 0.5, 0.75):
+        for shift in (0.0, 2.0):
+            clean = backbone.draw(1000, noise, shift)
+            noisy = backbone.path.add_noise(clean, torch.randn(clean.shape, generator=noise), sigma)
+            truth = reward.expectation(*backbone.posterior(noisy, sigma, shift))
+            with torch.no_grad():
+                read = value(noisy, sigma, prompt=backbone.encode_prompts([f"{shift:g}"]))
+            error = float((read - truth).square().mean().sqrt() / reward.expectation(clean, 0.0).std())
+            assert error < 0.1, (sigma, shift, error)
+
+
+def test_a_recipe_without_kept_states_is_an_error(tmp_path: Path) -> None:
+    reward = LinearReward()
+    samples = own_samples(tmp_path, reward, 300, states=0)
+    recipe = FinetuneSettings(generated=1.0, on_policy=0.5)
+    with pytest.raises(core.ConfigError, match="kept no states"):
+        finetune(untrained(reward), None, recipe, samples=samples, progress=False)
 
 
 def test_logit_normal_is_centre_biased() -> None:
@@ -250,7 +384,8 @@ def test_only_the_examples_with_a_score_are_held_to_one(tmp_path: Path) -> None:
         )
         for k, batch in enumerate([prompted_batch(4, None), prompted_batch(2, ("a cat", "a dog"))])
     ]  # fmt: skip
-    joined = join_sources([caches[0].read(range(4)), caches[1].read(range(2))])
+    parts = [caches[0].read(range(4)), caches[1].read(range(2))]
+    joined = join_sources([{"noisy": part["latents"], **part} for part in parts])
     target = {name.removeprefix("clip/"): tensor for name, tensor in joined.items()}
     output = reward.judge(torch.rand(6, 3, 28, 28, generator=torch.Generator().manual_seed(9)))
     embedding = output.embedding.clone().requires_grad_()

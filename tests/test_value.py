@@ -134,6 +134,22 @@ def saved(stitched: core.StitchedValue, tmp_path: Path, monkeypatch: pytest.Monk
     return tmp_path / "value"
 
 
+def test_only_a_prompted_head_reads_a_prompt(stitched: core.StitchedValue, saved: Path, latents: Tensor) -> None:
+    backbone, _ = twins()
+    prompt, asked = backbone.encode_prompts(["a red circle"]), ["a blue star"]
+    with pytest.raises(core.ConfigError, match="null prompt alone"):
+        core.StitchedValue.from_pretrained(saved)(latents, 0.4, asked, prompt=prompt)
+    loaded = core.StitchedValue.from_pretrained(saved)
+    loaded.prompted = True
+    loaded.save_pretrained(saved)
+    again = core.StitchedValue.from_pretrained(saved)
+    with torch.no_grad():
+        read, null = again(latents, 0.4, asked, prompt=prompt), again(latents, 0.4, asked)
+        assert torch.equal(read, loaded(latents, 0.4, asked, prompt=prompt))
+        assert torch.equal(null, stitched(latents, 0.4, asked))
+    assert not torch.allclose(read, null, atol=1e-5)
+
+
 def test_an_artefact_comes_back_bit_for_bit(stitched: core.StitchedValue, saved: Path, latents: Tensor) -> None:
     loaded = core.StitchedValue.from_pretrained(saved)
     with torch.no_grad():  # torch's attention takes another, equally exact, path when its weights are being trained

@@ -67,7 +67,7 @@ def command(
     }  # fmt: skip
     settings = read_recipe(recipe, {key: value for key, value in given.items() if value is not None})
     source = open_images(images, count)
-    asked = None if prompts is None else open_prompts(prompts, samples)
+    asked = None if prompts is None else open_prompts(prompts, max(samples // settings.seeds_per_prompt, 1))
     value = stitch(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples, probes=probes,

@@ -1,0 +1,70 @@
+"""What stage 2 minimises: distillation from the clean reward (paper, section 3), and the order of a prompt's seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .conditions import Condition
+from .examples import CONDITION
+from .reward import Reward, RewardOutput
+
+if TYPE_CHECKING:
+    from .finetune import FinetuneSettings
+
+
+def distillation_loss(
+    output: RewardOutput, target: Mapping[str, Tensor], settings: FinetuneSettings, score: Tensor | None = None
+) -> Tensor:
+    """Squared l2 between normalised embeddings, plus tokens (mean over tokens, per channel), plus the error of
+    ``score [B]``.
+
+    Only the squared score error has ``E[r(z0) | z_t]`` as its minimiser (paper, L_value); the paper's aesthetic recipe
+    takes Smooth-l1. The token term is divided by the width, so that its weight means the same for narrow and wide
+    towers. ``score`` may cover fewer examples than the rest: those whose target has one (is no NaN), in their order.
+    """
+    embedding = F.normalize(output.embedding.float(), dim=-1) - F.normalize(target["embedding"], dim=-1)
+    loss = settings.embedding_weight * embedding.square().sum(-1).mean()
+    loss = loss + settings.token_weight * F.mse_loss(output.tokens.float(), target["tokens"])
+    if score is not None:
+        error = F.mse_loss if settings.score_loss == "squared" else F.smooth_l1_loss
+        known = target["score"]
+        loss = loss + settings.score_weight * error(score.float(), known[~known.isnan()])
+    return loss
+
+
+def predicted_score(reward: Reward, output: RewardOutput, target: Mapping[str, Tensor]) -> Tensor | None:
+    """The scores of the examples whose target has one, against the condition it was read with; None if none has."""
+    if "score" not in target or bool(target["score"].isnan().all()):
+        return None
+    rows = ~target["score"].isnan()
+    condition = {key.removeprefix(CONDITION): t[rows] for key, t in target.items() if key.startswith(CONDITION)}
+    score = None if output.score is None else output.score[rows]
+    return reward.score(RewardOutput(output.tokens[rows], output.embedding[rows], score), Condition(condition))
+
+
+def ranking_loss(score: Tensor, target: Tensor, group: Tensor) -> Tensor:
+    """One minus the mean correlation of ``score`` with ``target`` within each group: 0 to 2, a number.
+
+    Steering compares the seeds of one prompt, whose rewards differ by far less than those of different prompts: an
+    error that is small in the distillation terms may still reverse their order, and the correlation sees nothing else.
+    ``target [B]`` and ``group [B]`` hold NaN and -1 where an example has none; ``score`` covers the examples with a
+    target, in their order. Groups whose targets are all alike have no order and are left out.
+    """
+    known = ~target.isnan()
+    grouped = group[known] >= 0
+    value, truth = score.float()[grouped], target[known][grouped]
+    _, member = group[known][grouped].unique(return_inverse=True)
+    groups = F.one_hot(member).to(value).T
+    value, truth = (each - ((groups @ each) / groups.sum(1))[member] for each in (value, truth))
+    spread = groups @ truth.square()
+    # constant targets leave rounding errors of the mean behind
+    ordered = spread > 1e-12
+    if not bool(ordered.any()):
+        return score.sum() * 0
+    # the square root's slope is infinite at 0, where a value ignores the seed altogether
+    scale = ((groups @ value.square()).clamp_min(1e-12) * spread.clamp_min(1e-12)).sqrt()
+    return 1 - ((groups @ (value * truth)) / scale)[ordered].mean()
