@@ -15,6 +15,9 @@ from torch import Tensor
 
 from stitchvm.core import ConfigError, SliceError, count
 
+DECODED_TOGETHER = 16
+"""Latents that the VAE decodes in one pass."""
+
 
 class TextSide(Protocol):
     """Prompts to ``{"embeds": [B, T, D], "pooled": [B, P]}`` on a device; a family may have no ``pooled``."""
@@ -74,7 +77,9 @@ class Companions:
         """Scaled latents to images ``[B, 3, H, W]``, nominally in [0, 1], float32, counted as ``decoder``."""
         count("decoder", len(latents))
         vae, (scale, shift) = self.vae(device), self.scale_and_shift
-        pixels = vae.decode(latents.to(device, vae.dtype) / scale + shift, return_dict=False)[0]
+        # a few at a time: full-size activations of a large batch cost more to allocate than to compute
+        parts = (latents.to(device, vae.dtype) / scale + shift).split(DECODED_TOGETHER)
+        pixels = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
         return pixels.float() / 2 + 0.5
 
     def sigmas(self, steps: int, image_tokens: int) -> Tensor:
