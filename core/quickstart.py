@@ -44,7 +44,6 @@ class Scale:
     """How much of everything the quickstart does."""
 
     images: int
-    samples: int
     probes: int
     steps: int
     held_out: int = 1000
@@ -55,10 +54,8 @@ class Scale:
     sampling_steps: int = 28
 
 
-NORMAL = Scale(images=3072, samples=256, probes=200, steps=250, ranked_prompts=12, sampling_steps=20)
-FAST = Scale(
-    images=512, samples=32, probes=48, steps=30, prompts=8, ranked_prompts=3, ranked_seeds=4, sampling_steps=12
-)
+NORMAL = Scale(images=4096, probes=200, steps=280, ranked_prompts=12, sampling_steps=20)
+FAST = Scale(images=512, probes=48, steps=30, prompts=8, ranked_prompts=3, ranked_seeds=4, sampling_steps=12)
 
 FK_STITCHED = {"proposals": 2, "strength": 60.0, "proposal_window": (0.1, 0.4)}
 FK_TWEEDIE = {"strength": 60.0}
@@ -146,7 +143,6 @@ class Job:
     reward: Reward
     dataset: CaptionedDataset
     images: ImageSource
-    train_prompts: list[str]
     test_prompts: list[str]
     scale: Scale
     seed: int
@@ -160,7 +156,7 @@ class Job:
         data: CaptionedDataset = load_dataset_plugin(dataset)()
         train = data.captioned("train", scale.images, seed)
         return cls(
-            folder, network, judge, data, open_images(train.images), data.prompts("train", scale.samples, seed),
+            folder, network, judge, data, open_images(train.images),
             data.prompts("test", scale.prompts, seed), scale, seed, progress,
         )  # fmt: skip
 
@@ -181,8 +177,8 @@ class Job:
         where: dict[str, Any] = {"searched": found} if found is not None else {"cuts": (LATENT,), "blocks": (1,)}
         return stitch(
             self.backbone, self.reward, images=self.images, out=self.folder / ("vae" if found is None else "value"),
-            work=self.folder / "work", prompts=self.train_prompts, recipe=self.recipe(), count=self.scale.images,
-            samples=self.scale.samples, seed=self.seed, progress=self.progress, **where,
+            work=self.folder / "work", recipe=self.recipe(), count=self.scale.images, seed=self.seed,
+            progress=self.progress, **where,
         )  # fmt: skip
 
     def retrieval(self, models: dict[str, StitchedValue]) -> Retrieval:
