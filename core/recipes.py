@@ -17,8 +17,8 @@ RECIPES: dict[str, FinetuneSettings] = {
         steps=280, batch_size=64, learning_rate=1e-3, layer_multiplier=3.0, warmup_steps=30, schedule="cosine",
     ),
     "full": FinetuneSettings(
-        steps=2200, batch_size=64, learning_rate=1e-3, layer_multiplier=3.0, warmup_steps=100, schedule="cosine",
-        decoded=0.5, generated=0.5, on_policy=0.5, seeds_per_prompt=4, rank_weight=0.3, prompted=1.0,
+        steps=1000, batch_size=64, learning_rate=1e-3, layer_multiplier=3.0, warmup_steps=50, schedule="cosine",
+        decoded=0.5, generated=0.25, on_policy=0.5, seeds_per_prompt=4, rank_weight=0.003, prompted=1.0,
         checkpoint_every=200,
     ),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from PIL import Image
 
 from stitchvm_shapes.constants import GUIDANCE, MAX_SEQUENCE_LENGTH, WEIGHTS
 from stitchvm_shapes.detector import ATTRIBUTES, Detector
+from stitchvm_shapes.train.card import training_of
 from stitchvm_shapes.train.data import Pictures, as_float, held_out
 from stitchvm_shapes.train.detector import evaluate as evaluate_detector
 from stitchvm_shapes.train.vae import evaluate as evaluate_vae
@@ -40,6 +41,16 @@ def test_the_card_has_the_measured_figures():
     record = json.loads((WEIGHTS / "training.json").read_text())
     assert set(record["models"]) >= {"vae", "clip", "detector", "mmdit"}
     assert record["models"]["detector"]["accuracy"] >= 0.99
+    for numbers in record["models"].values():
+        assert {"steps", "minutes", "train_loss"} <= set(numbers)
+
+
+def test_a_model_that_is_not_trained_again_keeps_how_it_was_trained(tmp_path):
+    before = {"psnr": 31.0, "steps": 2000, "minutes": 29.5, "train_loss": 0.08}
+    assert training_of(tmp_path / "vae.json", before) == {"steps": 2000, "minutes": 29.5, "train_loss": 0.08}
+    log = {"step": 10, "seconds": 90.0, "log": [{"step": 10, "seconds": 90.0, "loss": 0.5}]}
+    (tmp_path / "vae.json").write_text(json.dumps(log))
+    assert training_of(tmp_path / "vae.json", before) == {"steps": 10, "minutes": 1.5, "train_loss": 0.5}
 
 
 def test_the_detector_accepts_true_captions_and_rejects_changed_ones():

@@ -54,14 +54,21 @@ def measure(plan: Plan, prompts: int = 200) -> dict[str, Any]:
             pipe = mmdit.load(plan.out / "shapes-mmdit")
             parts = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
             report["mmdit"] = {**numbers, "parameters": sum(_parameters(part) for part in parts)}
+    record = plan.out / "training.json"
+    before = json.loads(record.read_text())["models"] if record.exists() else {}
     for name, numbers in report.items():
-        log = plan.work / f"{name}.json"
-        if log.exists():
-            trained = json.loads(log.read_text())
-            last = trained["log"][-1] if trained["log"] else {}
-            numbers |= {"steps": trained["step"], "minutes": round(trained["seconds"] / 60, 1)}
-            numbers |= {f"train_{key}": value for key, value in last.items() if key not in ("step", "seconds")}
+        numbers |= training_of(plan.work / f"{name}.json", before.get(name, {}))
     return report
+
+
+def training_of(log: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """How a model was trained: from this work folder's log, or as recorded when it was not trained here again."""
+    if not log.exists():
+        return {key: before[key] for key in before if key in ("steps", "minutes") or key.startswith("train_")}
+    trained = json.loads(log.read_text())
+    last = trained["log"][-1] if trained["log"] else {}
+    numbers = {"steps": trained["step"], "minutes": round(trained["seconds"] / 60, 1)}
+    return numbers | {f"train_{key}": value for key, value in last.items() if key not in ("step", "seconds")}
 
 
 def write(plan: Plan, report: dict[str, Any]) -> None:
