@@ -219,8 +219,8 @@ def test_the_ranking_loss_of_a_value_that_ignores_the_seed_has_a_finite_gradient
 def test_a_prompted_head_reads_what_the_sample_was_drawn_for(tmp_path: Path) -> None:
     """Prompt "2" moves the latents' mean by 2: under it the posterior, and with it the value, is another one.
 
-    The bound is that of the unprompted case above; reading the null prompt instead is off by more than the whole
-    standard deviation of the reward.
+    Each prompt has a quarter as many examples as the unprompted case above, which doubles its bound of 10 %; reading
+    the null prompt instead is off by more than the whole standard deviation of the reward.
     """
     backbone, reward = GaussianBackbone(), LinearReward()
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def test_a_prompted_head_reads_what_the_sample_was_drawn_for(tmp_path: Path) -> 
             with torch.no_grad():
                 read = value(noisy, sigma, prompt=backbone.encode_prompts([f"{shift:g}"]))
             error = float((read - truth).square().mean().sqrt() / reward.expectation(clean, 0.0).std())
-            assert error < 0.1, (sigma, shift, error)
+            assert error < 0.2, (sigma, shift, error)
 
 
 def test_a_recipe_without_kept_states_is_an_error(tmp_path: Path) -> None:
