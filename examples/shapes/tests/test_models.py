@@ -37,6 +37,11 @@ def test_the_weights_stay_small():
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
+def test_no_configuration_names_a_folder_of_the_machine_it_was_made_on():
+    configs = [path for path in WEIGHTS.rglob("*.json") if "_name_or_path" in path.read_text()]
+    assert not configs
+
+
 def test_the_card_has_the_measured_figures():
     record = json.loads((WEIGHTS / "training.json").read_text())
     assert set(record["models"]) >= {"vae", "clip", "detector", "mmdit"}

@@ -44,6 +44,13 @@ def export_vae(vae: AutoencoderKL, folder: Path) -> None:
     replace_folder(folder, partial)
 
 
+def _forget_origin(config: Path) -> None:
+    """Take out of a model's configuration from which folder of this machine it was loaded."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
 def export_mmdit(vae: AutoencoderKL, modules: dict[str, nn.Module], folder: Path) -> None:
     """A diffusers `StableDiffusion3Pipeline` folder."""
     partial = _partial(folder)
@@ -52,6 +59,7 @@ def export_mmdit(vae: AutoencoderKL, modules: dict[str, nn.Module], folder: Path
         copy.deepcopy(vae).half(), half["transformer"], [half["text_encoder_0"], half["text_encoder_1"]]
     )
     pipe.save_pretrained(partial)
+    _forget_origin(partial / "vae" / "config.json")
     replace_folder(folder, partial)
 
 
