@@ -2,8 +2,8 @@
 
 ``paper`` is the published one, for models of hundreds of millions of parameters. ``quick`` and ``full`` are for the
 small embedded world, whose networks are narrow enough for a learning rate a hundred times higher: ``quick`` sees real
-images alone and keeps retrieval, ``full`` also ranks the seeds of a prompt, which takes the backbone's own samples and
-longer.
+images alone and keeps retrieval, ``full`` also learns from the backbone's own samples how the seeds of a prompt differ,
+which takes longer; give it prompts.
 """
 
 from __future__ import annotations

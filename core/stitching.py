@@ -97,13 +97,14 @@ def stitch(
         result = _known(searched, rewards) or run_search(backbone, rewards, source, chosen, progress)
         cuts = fixed or result.best
         value = joined(backbone, rewards, result.results, cuts, weights, positions=chosen.positions)
+        value.prompted = recipe.prompted > 0
+        # before hours of sampling, should any be missing
+        read = _encoded(backbone, prompts) if value.prompted else None
         real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress)
         run = {"interface": {"i": value.head.cut, "j": _one_or_all([cut.j for cut in cuts.values()])},
                "positions": chosen.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
                "pair": [model_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
         checkpoint = work / f"finetune-{cache_key(run)}"
-        value.prompted = recipe.prompted > 0
-        read = _encoded(backbone, prompts) if value.prompted else None
         losses = finetune(
             value, real, recipe, samples=generated, prompts=read, checkpoint=checkpoint, progress=progress
         )
