@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .backbone import Backbone, NoisyLatent
     from .conditions import Condition, concatenate
     from .costs import CostMeter, count
-    from .datasets import Captioned, CaptionedDataset
+    from .datasets import Captioned, CaptionedDataset, PreferenceDataset, Preferences, Rated, RatedDataset
     from .discovery import PluginFailure
     from .errors import (
         ArtefactError,
@@ -67,7 +67,7 @@ _PUBLIC = {
     "backbone": ("Backbone", "NoisyLatent"),
     "conditions": ("Condition", "concatenate"),
     "costs": ("CostMeter", "count"),
-    "datasets": ("Captioned", "CaptionedDataset"),
+    "datasets": ("Captioned", "CaptionedDataset", "PreferenceDataset", "Preferences", "Rated", "RatedDataset"),
     "discovery": ("PluginFailure",),
     "errors": (
         "ArtefactError",
@@ -168,8 +168,12 @@ __all__ = [
     "PluginLoadError",
     "Prediction",
     "PredictionKind",
+    "PreferenceDataset",
+    "Preferences",
     "Prompted",
     "Ranking",
+    "Rated",
+    "RatedDataset",
     "Registry",
     "Resampling",
     "Reward",

@@ -20,6 +20,9 @@ Level = Literal["inline", "entry point", "built-in"]
 DType = Literal["float32", "float16", "bfloat16"]
 ConditionKind = Literal["prompts", "images", "nothing"]
 """What a reward compares an image with: its prompt, reference images, or nothing."""
+MetricKind = Literal["recall", "preference", "rank", "similarity"]
+"""The skill a reward is measured by: see :mod:`stitchvm.core.metrics`."""
+METRICS: tuple[MetricKind, ...] = ("recall", "preference", "rank", "similarity")
 
 LEVELS: tuple[Level, ...] = ("inline", "entry point", "built-in")
 """Which record wins a name, first to last; equal names at one level are a conflict."""
@@ -134,7 +137,9 @@ class RewardRecord:
     """A named reward model; as :class:`BackboneRecord`.
 
     ``filename`` is the checkpoint in ``repo`` or ``path``. ``condition`` says what its score compares an image with; a
-    family that compares with something else is refused when it is loaded (None: whatever the family does).
+    family that compares with something else is refused when it is loaded (None: whatever the family does). ``metric``
+    is the skill it is measured by (None: recall for a reward that reads prompts, rank for one that reads nothing,
+    similarity for one that compares with images).
     """
 
     name: str = _name()
@@ -145,6 +150,7 @@ class RewardRecord:
     condition: ConditionKind | None = attrs.field(
         default=None, validator=attrs.validators.in_((None, "prompts", "images", "nothing"))
     )
+    metric: MetricKind | None = attrs.field(default=None, validator=attrs.validators.in_((None, *METRICS)))
     revision: str | None = None
     licence: str = "unknown"
     gated: bool = False
