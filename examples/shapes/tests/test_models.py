@@ -11,9 +11,10 @@ from PIL import Image
 
 from stitchvm_shapes.constants import GUIDANCE, MAX_SEQUENCE_LENGTH, WEIGHTS
 from stitchvm_shapes.detector import ATTRIBUTES, Detector
-from stitchvm_shapes.train.card import training_of
 from stitchvm_shapes.train.data import Pictures, as_float, held_out
 from stitchvm_shapes.train.detector import evaluate as evaluate_detector
+from stitchvm_shapes.train.measure import MODELS, Measured, measure, training_of
+from stitchvm_shapes.train.stages import Plan
 from stitchvm_shapes.train.vae import evaluate as evaluate_vae
 
 
@@ -56,6 +57,16 @@ def test_a_model_that_is_not_trained_again_keeps_how_it_was_trained(tmp_path):
     log = {"step": 10, "seconds": 90.0, "log": [{"step": 10, "seconds": 90.0, "loss": 0.5}]}
     (tmp_path / "vae.json").write_text(json.dumps(log))
     assert training_of(tmp_path / "vae.json", before) == {"steps": 10, "minutes": 1.5, "train_loss": 0.5}
+
+
+def test_only_the_chosen_models_are_measured_and_the_others_keep_their_figures(tmp_path, monkeypatch):
+    recorded = {"vae": {"psnr": 31.0, "steps": 2000}, "clip": {"recall": 0.9, "steps": 1000}}
+    (tmp_path / "training.json").write_text(json.dumps({"models": recorded}))
+    (tmp_path / "shapes-clip").mkdir()
+    for name in MODELS:
+        monkeypatch.setitem(MODELS, name, Measured(lambda out: {"measured": 1.0}, MODELS[name].needs))
+    report = measure(Plan(tmp_path, tmp_path), ["clip", "detector"])
+    assert report == {"vae": recorded["vae"], "clip": {"measured": 1.0, "steps": 1000}}
 
 
 def test_the_detector_accepts_true_captions_and_rejects_changed_ones():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import card
+from . import card, measure
 from .stages import STAGES, Plan, export_checkpoint
 
 
@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stitchvm_shapes.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("shapes-weights"), help="folder for the finished models")
     parser.add_argument("--work", type=Path, default=Path("shapes-train"), help="folder for scenes and checkpoints")
-    parser.add_argument("--only", type=_stages, default=list(STAGES), help=f"some of {','.join(STAGES)}")
+    parser.add_argument(
+        "--only", type=_stages, default=list(STAGES), help=f"train and measure some of {','.join(STAGES)}"
+    )
     parser.add_argument(
         "--minutes-scale", type=float, default=1.0, help="train this many times as long as the shipped models"
     )
@@ -43,8 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         for name in options.only:
             STAGES[name](plan)
-    report = card.measure(plan)
-    card.write(plan, report)
+    card.write(plan, measure.measure(plan, ["mmdit"] if options.export else options.only))
     print((plan.out / "README.md").read_text())
 
 

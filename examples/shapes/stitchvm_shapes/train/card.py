@@ -1,74 +1,19 @@
-"""The model card: what was trained, for how long, and how good it is, all measured."""
+"""The model card: what was trained, for how long, and how good it is, as measured."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..constants import GUIDANCE, MAX_SEQUENCE_LENGTH, SCHEDULER_SHIFT, STEPS
-from ..detector import Detector
 from ..scenes import vocabulary
-from . import clip, detector, mmdit, vae
-from .data import held_out
 from .stages import LATENTS, Plan
-from .tokens import build_tokenizer
 
 _PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy")
-
-
-def measure_mmdit(folder: Path, judge: Detector, count: int) -> dict[str, float]:
-    """Part of `count` held-out captions whose generated picture fulfils them, whole and by attribute."""
-    captions = held_out(1000).captions[:count]
-    images = mmdit.generate(mmdit.load(folder), captions, GUIDANCE, STEPS)
-    rates = judge.attributes(images, captions)
-    numbers = {name: round(float(rate.mean()), 4) for name, rate in rates.items()}
-    for n in (1, 2, 3):
-        those = [rates["fulfilled"][k] for k, c in enumerate(captions) if len(c.split(" a ")) == n + 1]
-        numbers[f"fulfilled_{n}"] = round(float(torch.stack(those).mean()), 4) if those else float("nan")
-    return {**numbers, "captions": count}
-
-
-def _parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def measure(plan: Plan, prompts: int = 200) -> dict[str, Any]:
-    """Held-out metrics of every exported model, with parameter counts."""
-    pictures = held_out()
-    coder = vae.load(plan.out / "vae")
-    report: dict[str, Any] = {"vae": {**vae.evaluate(coder, pictures.images), "parameters": _parameters(coder)}}
-    if (plan.out / "shapes-clip").exists():
-        model = clip.load(plan.out / "shapes-clip")
-        numbers = clip.recall(*clip.embed(model, build_tokenizer(), pictures))
-        report["clip"] = {**numbers, "parameters": _parameters(model)}
-    if (plan.out / "detector.safetensors").exists():
-        judge = Detector.load(plan.out / "detector.safetensors")
-        report["detector"] = {**detector.evaluate(judge, coder), "parameters": _parameters(judge.net)}
-        if (plan.out / "shapes-mmdit").exists():
-            numbers = measure_mmdit(plan.out / "shapes-mmdit", judge, prompts)
-            pipe = mmdit.load(plan.out / "shapes-mmdit")
-            parts = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
-            report["mmdit"] = {**numbers, "parameters": sum(_parameters(part) for part in parts)}
-    record = plan.out / "training.json"
-    before = json.loads(record.read_text())["models"] if record.exists() else {}
-    for name, numbers in report.items():
-        numbers |= training_of(plan.work / f"{name}.json", before.get(name, {}))
-    return report
-
-
-def training_of(log: Path, before: dict[str, Any]) -> dict[str, Any]:
-    """How a model was trained: from this work folder's log, or as recorded when it was not trained here again."""
-    if not log.exists():
-        return {key: before[key] for key in before if key in ("steps", "minutes") or key.startswith("train_")}
-    trained = json.loads(log.read_text())
-    last = trained["log"][-1] if trained["log"] else {}
-    numbers = {"steps": trained["step"], "minutes": round(trained["seconds"] / 60, 1)}
-    return numbers | {f"train_{key}": value for key, value in last.items() if key not in ("step", "seconds")}
 
 
 def write(plan: Plan, report: dict[str, Any]) -> None:
