@@ -1,22 +1,22 @@
-"""How much of the clean reward's skill survives on noisy latents: retrieval recall@1 by noise level (paper, section
-4)."""
+"""Reading clean rewards on images and value models on noisy latents, level by level; retrieval recall@1 by noise level
+(paper, section 4). Other metrics: :mod:`stitchvm.core.skills`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError
 from .loading import load_backbone, name_of
+from .metrics import Recall, recall_at_one
 from .progress import track
-from .reward import Reward
+from .reward import Reward, RewardOutput
 from .sampling import seeded_noise
 from .seeds import stream_seed
 from .value import StitchedValue
@@ -25,52 +25,99 @@ SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """The paper's noise levels."""
 
 
-@attrs.frozen
-class Recall:
-    """Recall@1 in [0, 1]: image to text, text to image, and their mean."""
-
-    image_to_text: float
-    text_to_image: float
-
-    @property
-    def mean(self) -> float:
-        return (self.image_to_text + self.text_to_image) / 2
+Reader = Callable[[Reward, RewardOutput, slice], Tensor]
+"""``(scorer, output, rows) -> [B, ...]``: what is kept of a reward's or tail's output on these rows."""
+Readings = tuple[Tensor, ...]
+"""One reading ``[N, ...]`` a set of pictures."""
+M = TypeVar("M")
 
 
-def recall_at_one(images: Tensor, texts: Tensor, captions: Sequence[str]) -> Recall:
-    """Recall@1 of ``images [N, D]`` and ``texts [N, D]``, matched row by row; both are normalised here.
-
-    Rows that share a caption are each other's right answers.
-    """
-    similarity = F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-    number = {caption: n for n, caption in enumerate(dict.fromkeys(captions))}
-    own = torch.tensor([number[caption] for caption in captions])
-    forward = own[similarity.argmax(1).cpu()] == own
-    backward = own[similarity.argmax(0).cpu()] == own
-    return Recall(float(forward.float().mean()), float(backward.float().mean()))
+def embedding(scorer: Reward, output: RewardOutput, rows: slice) -> Tensor:
+    """A :data:`Reader` that keeps the embedding ``[B, D]``."""
+    return output.embedding
 
 
 @torch.no_grad()
 def encode_batches(backbone: Backbone, images: Tensor, batch: int) -> Tensor:
-    """Clean latents of ``images [N, 3, H, W]`` in [0, 1], on the CPU."""
-    return torch.cat([backbone.encode_images(part.to(backbone.device)).cpu() for part in images.split(batch)])
+    """Clean latents of ``images [N, 3, H, W]``, uint8 or in [0, 1], on the CPU."""
+    return torch.cat([backbone.encode_images(_floats(part).to(backbone.device)).cpu() for part in images.split(batch)])
 
 
 @torch.no_grad()
-def noisy_embeddings(
-    value: StitchedValue, latents: Tensor, sigma: float, *, batch: int = 64, seed: int = 0, name: str | None = None
+def clean_readings(reward: Reward, images: Tensor, read: Reader, batch: int = 64) -> Tensor:
+    """What ``read`` keeps of the clean reward on ``images [N, 3, H, W]``, uint8 or in [0, 1], on the CPU."""
+    parts = []
+    for start in range(0, len(images), batch):
+        part = _floats(images[start : start + batch]).to(reward.device)
+        parts.append(read(reward, reward.judge(part), slice(start, start + len(part))).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def noisy_readings(
+    value: StitchedValue,
+    latents: Tensor,
+    sigma: float,
+    read: Reader,
+    *,
+    name: str | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    stream: tuple[int, ...] = (),
 ) -> Tensor:
-    """``[N, D]``: the stitched embeddings of clean ``latents`` noised to ``sigma``; row ``n``'s noise comes from
-    ``(seed, n)``."""
+    """What ``read`` keeps of a value model's branch ``name`` on clean ``latents`` noised to ``sigma``, on the CPU; row
+    ``n``'s noise comes from ``(seed, n, *stream)``."""
     backbone = value.head.part
     assert isinstance(backbone, Backbone)
+    name = name or value.names[0]
     parts = []
     for start in range(0, len(latents), batch):
         clean = latents[start : start + batch]
-        noise = seeded_noise([stream_seed(seed, start + row) for row in range(len(clean))], clean.shape[1:], "cpu")
-        noisy = backbone.path.add_noise(clean, noise, sigma).to(value.device)
-        parts.append(value.outputs(noisy, sigma)[name or value.names[0]].embedding.cpu())
+        rows = slice(start, start + len(clean))
+        seeds = [stream_seed(seed, row, *stream) for row in range(rows.start, rows.stop)]
+        noisy = backbone.path.add_noise(clean, seeded_noise(seeds, clean.shape[1:], "cpu"), sigma).to(value.device)
+        parts.append(read(value.scorer(name), value.outputs(noisy, sigma)[name], rows).cpu())
     return torch.cat(parts)
+
+
+def over_sigmas(
+    backbone: Backbone,
+    reward: Reward,
+    models: Mapping[str, StitchedValue],
+    pictures: Sequence[Tensor],
+    read: Reader,
+    measure: Callable[[Readings, Readings], M],
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    batch: int = 64,
+    seed: int = 0,
+    label: str = "evaluate",
+    progress: bool = True,
+) -> tuple[M, dict[str, tuple[M, ...]]]:
+    """``measure(readings, clean)`` of the clean reward on every set of ``pictures [N, 3, H, W]`` (uint8 or in [0, 1]),
+    and of every model on their latents at every sigma; ``clean`` are always the clean reward's readings.
+
+    Row ``n``'s noise comes from ``(seed, n)`` in the first set and from ``(seed, n, k)`` in set ``k`` after it.
+    """
+    branches = {name: _branch(model, reward) for name, model in models.items()}
+    clean = tuple(clean_readings(reward, part, read, batch) for part in pictures)
+    latents = [encode_batches(backbone, part, batch) for part in pictures]
+    pairs = [(name, sigma) for name in models for sigma in sigmas]
+    found: dict[str, list[M]] = {name: [] for name in models}
+    for name, sigma in track(pairs, label, len(pairs), progress):
+        readings = tuple(
+            noisy_readings(
+                models[name], part, sigma, read, name=branches[name], batch=batch, seed=seed,
+                stream=(number,) if number else (),
+            )
+            for number, part in enumerate(latents)
+        )  # fmt: skip
+        found[name].append(measure(readings, clean))
+    return measure(clean, clean), {name: tuple(measures) for name, measures in found.items()}
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 @attrs.frozen
@@ -119,19 +166,12 @@ def retrieval(
         )
     if len(images) != len(captions):
         raise ConfigError(f"{len(images)} images but {len(captions)} captions.")
-    texts = _texts(reward.condition(list(captions)))
-    clean = torch.cat([reward.judge(part.to(reward.device)).embedding for part in images.split(batch)])
-    latents = encode_batches(backbone, images, batch)
-    pairs = [(name, sigma) for name in models for sigma in sigmas]
-    recalls: dict[str, list[Recall]] = {name: [] for name in models}
-    for name, sigma in track(pairs, "retrieval", len(pairs), progress):
-        branch = _branch(models[name], reward)
-        embeddings = noisy_embeddings(models[name], latents, sigma, batch=batch, seed=seed, name=branch)
-        recalls[name].append(recall_at_one(embeddings, texts.cpu(), captions))
-    return Retrieval(
-        tuple(sigmas), recall_at_one(clean.cpu(), texts.cpu(), captions),
-        {name: tuple(found) for name, found in recalls.items()}, len(captions),
+    texts = _texts(reward.condition(list(captions))).cpu()
+    clean, recalls = over_sigmas(
+        backbone, reward, models, [images], embedding, lambda found, _: recall_at_one(found[0], texts, captions),
+        sigmas=sigmas, batch=batch, seed=seed, label="retrieval", progress=progress,
     )  # fmt: skip
+    return Retrieval(tuple(sigmas), clean, recalls, len(captions))
 
 
 def _branch(value: StitchedValue, reward: Reward) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import attrs
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from .alignment import reward_condition
@@ -18,6 +17,7 @@ from .errors import ConfigError
 from .estimators import Estimator, Prompted, clean_reward
 from .joint import AnyReward, load_judge
 from .loading import load_backbone
+from .metrics import spearman
 from .particles import initial_noise
 from .paths import Prediction
 from .progress import track
@@ -62,17 +62,6 @@ class Ranking:
             "prompts": int(self.ranked.sum()), "constant_prompts": int((~self.ranked).sum()),
             "seeds": self.rewards.shape[1], "cost": self.costs, "generation": self.generation,
         }  # fmt: skip
-
-
-def spearman(values: Tensor, rewards: Tensor) -> Tensor:
-    """``[P]``: Spearman's coefficient (ties share their mean rank) of each row of ``[P, S]`` with that of ``rewards``.
-
-    A constant row of values ranks nothing: 0.
-    """
-    ranks = [torch.from_numpy(rankdata(table.double().cpu().numpy(), axis=1)) for table in (values, rewards)]
-    a, b = (rank - rank.mean(1, keepdim=True) for rank in ranks)
-    scale = (a.square().sum(1) * b.square().sum(1)).sqrt()
-    return torch.where(scale > 0, (a * b).sum(1) / scale.clamp_min(1e-12), 0.0)
 
 
 def closest_steps(sigmas: Tensor, requested: Sequence[float]) -> list[int]:

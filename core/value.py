@@ -182,7 +182,7 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         values = []
         for (name, output), weight in zip(self.outputs(latents, sigma, prompt).items(), self.weights, strict=True):
             own = ready[name].to(latents.device).expand(len(latents))
-            values.append(weight * self._scorer(name).score(output, own))
+            values.append(weight * self.scorer(name).score(output, own))
         return torch.stack(values).sum(0)
 
     def condition(self, condition: Given, name: str | None = None) -> Condition:
@@ -202,13 +202,22 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
             raise ConfigError(f"reward {name!r} is not attached to this value model; pass it when building the model.")
         return self._rewards[name]
 
+    def scorer(self, name: str) -> Reward:
+        """One branch's own copy of the reward's tail, whose ``score`` reads that branch's output.
+
+        Raises ``SliceError`` for a reward that is not read here.
+        """
+        part = self._branch(name).tail.part
+        assert isinstance(part, Reward)
+        return part
+
     def _kinds(self) -> dict[str, ConditionKind]:
-        return {name: self._scorer(name).condition_kind for name in self.names}
+        return {name: self.scorer(name).condition_kind for name in self.names}
 
     def _ready(self, name: str, given: Any) -> Condition:
         """One reward's condition; a tail can take a ready one, to encode something needs the whole reward."""
         whole = given is not None and not isinstance(given, Condition)
-        return (self.reward(name) if whole else self._scorer(name)).condition(given)
+        return (self.reward(name) if whole else self.scorer(name)).condition(given)
 
     def _branch(self, name: str) -> Branch:
         if name not in self.names:
@@ -216,8 +225,3 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         branch = self.branches[self.names.index(name)]
         assert isinstance(branch, Branch)
         return branch
-
-    def _scorer(self, name: str) -> Reward:
-        part = self._branch(name).tail.part
-        assert isinstance(part, Reward)
-        return part

@@ -7,7 +7,8 @@ import torch
 
 from analytic import GaussianBackbone, LinearReward
 from stitchvm import core
-from stitchvm.core.evaluation import Recall, Retrieval, noisy_embeddings, recall_at_one, retrieval
+from stitchvm.core.evaluation import Retrieval, embedding, noisy_readings, retrieval
+from stitchvm.core.metrics import Recall, recall_at_one
 from stitchvm.core.stitching import initial_value
 
 
@@ -43,9 +44,9 @@ def test_scale_of_the_embeddings_does_not_matter() -> None:
 
 def test_noise_belongs_to_the_row_not_to_the_batch() -> None:
     model, latents = value(), GaussianBackbone().draw(20, torch.Generator().manual_seed(2))
-    whole, parts = (noisy_embeddings(model, latents, 0.5, batch=size) for size in (20, 3))
+    whole, parts = (noisy_readings(model, latents, 0.5, embedding, batch=size) for size in (20, 3))
     assert torch.allclose(whole, parts, atol=1e-6)
-    assert not torch.allclose(whole, noisy_embeddings(model, latents, 0.5, seed=1), atol=1e-2)
+    assert not torch.allclose(whole, noisy_readings(model, latents, 0.5, embedding, seed=1), atol=1e-2)
 
 
 def test_report_gives_retention_as_a_share_of_clean() -> None:

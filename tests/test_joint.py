@@ -343,13 +343,13 @@ def test_what_a_joint_reward_compares_with() -> None:
 
 def test_each_reward_of_a_joint_value_is_measured_by_its_own_branch(backbone, monkeypatch) -> None:
     value, read = made((DFN, HPS)), []
-    real = evaluation.noisy_embeddings
+    real = evaluation.noisy_readings
 
     def embeddings(*args: Any, **settings: Any) -> Tensor:
         read.append(real(*args, **settings))
         return read[-1]
 
-    monkeypatch.setattr(evaluation, "noisy_embeddings", embeddings)
+    monkeypatch.setattr(evaluation, "noisy_readings", embeddings)
     captions = [f"picture {n}" for n in range(8)]
     settings: dict[str, Any] = {"images": torch.stack(pictures()), "captions": captions, "backbone": backbone,
                                 "sigmas": (0.1,), "progress": False}  # fmt: skip

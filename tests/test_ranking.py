@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 
 from analytic import ExactValue, GaussianBackbone, LinearReward, MomentReward, QuadraticReward, exact_stitched
 from stitchvm.core import ConfigError, Stitched, Tweedie, rank_seeds
-from stitchvm.core.ranking import closest_steps, spearman
+from stitchvm.core.metrics import spearman
+from stitchvm.core.ranking import closest_steps
 
 QUIET = {"guidance_scale": 1.0, "progress": False}
 
