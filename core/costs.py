@@ -10,6 +10,8 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Self
 
@@ -62,3 +64,21 @@ class CostMeter:
             "seconds": round(self.seconds, 3),
             "peak_memory": peak_memory(),
         }
+
+
+class Clock:
+    """Wall time of named steps."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._steps: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._steps[step] = round(time.perf_counter() - started, 1)
+
+    def report(self) -> dict[str, float]:
+        """JSON-able: seconds by step, and ``total`` since the clock was made."""
+        return {**self._steps, "total": round(time.perf_counter() - self._started, 1)}

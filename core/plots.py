@@ -51,9 +51,9 @@ def _figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterato
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _decorate(axes: Axes, title: str, x: str = "", y: str = "") -> None:
+def _decorate(axes: Axes, title: str, x: str = "", y: str = "", size: int = 11) -> None:
     # a name or prompt with dollar signs in it is no formula
-    axes.set_title(title, fontsize=11, loc="left", parse_math=False, wrap=True)
+    axes.set_title(title, fontsize=size, loc="left", parse_math=False, wrap=True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
@@ -113,6 +113,83 @@ def recall_curve(retrieval: Mapping[str, Any], path: Path) -> None:
         title = f"At sigma {sigmas[middle]:g} the stitched value keeps {kept:.0%} of the clean reward's recall"
         _decorate(axes, title, "noise level sigma", "retrieval recall@1")
         axes.legend(frameon=False, loc="lower left")
+
+
+SKILLS = {
+    "recall": "retrieval recall@1", "preference": "preference accuracy", "rank": "rank correlation",
+    "similarity": "embedding similarity",
+}  # fmt: skip
+"""The metrics of rewards, and what people read."""
+
+
+def percent(share: float | None) -> str:
+    """A share in whole percent; a dash where it is undefined."""
+    return "–" if share is None else f"{share:.0%}"
+
+
+def skill_curve(skill: Mapping[str, Any], path: Path) -> None:
+    """One reward's metric against the noise level; ``skill`` is ``Skill.report()`` with the model ``stitched``."""
+    with _figure(path, 6.5, 4) as figure:
+        axes = figure.subplots()
+        _skill(axes, skill)
+        sigma, kept = _kept(skill, 0.5)
+        title = f"At sigma {sigma:g} the stitched value keeps {kept['stitched']} of the clean reward's skill"
+        _decorate(axes, title, "noise level sigma", SKILLS[skill["metric"]])
+        axes.legend(frameon=False, loc="lower left")
+
+
+def skill_panels(report: Mapping[str, Any], path: Path) -> None:
+    """A panel a pair: a row a backbone, a column a reward, its metric against the noise level.
+
+    ``report`` is what ``matrix.json`` holds. Backbones and rewards without any measured pair are left out; a partial
+    matrix says so.
+    """
+    cells = {(cell["backbone"], cell["reward"]): cell for cell in report["cells"]}
+    backbones = [name for name in report["backbones"] if any(name == b for b, _ in cells)]
+    rewards = [name for name in report["rewards"] if any(name == r for _, r in cells)]
+    with _figure(path, max(6.5, 1 + 3.1 * len(rewards)), 1.4 + 2.5 * len(backbones)) as figure:
+        table = figure.subplots(len(backbones), len(rewards), squeeze=False, sharex=True)
+        for line, backbone in zip(table, backbones, strict=True):
+            for axes, reward in zip(line, rewards, strict=True):
+                _panel(axes, cells.get((backbone, reward)), backbone, reward)
+        for axes in table[-1]:
+            axes.set_xlabel("noise level sigma")
+        drawn = [axes.get_legend_handles_labels() for line in table for axes in line if axes.lines]
+        handles, labels = max(drawn, key=lambda found: len(found[1]))
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        partial = f" (partial: {report['measured']} of {report['pairs']} pairs)" if report["partial"] else ""
+        figure.suptitle(f"What noisy latents keep of each reward's skill, {report['world']}{partial}", fontsize=13)
+
+
+def _panel(axes: Axes, cell: Mapping[str, Any] | None, backbone: str, reward: str) -> None:
+    name = f"{backbone} x {reward}"
+    if cell is None:
+        _decorate(axes, f"{name}\nnot measured", size=9)
+        axes.set_yticks([])
+        return
+    _skill(axes, cell)
+    sigma, kept = _kept(cell, 0.25)
+    title = f"{name}\n{cell['metric']}: keeps {kept['stitched']} at sigma {sigma:g} (VAE: {kept['vae']})"
+    _decorate(axes, title, "", SKILLS[cell["metric"]], size=9)
+
+
+def _skill(axes: Axes, skill: Mapping[str, Any]) -> None:
+    """The lines of one reward: clean dashed, chance dotted, and every model there is."""
+    axes.axhline(skill["clean"], color=BLACK, linestyle="--", label="clean reward (no noise)")
+    for name in ("stitched", "vae"):
+        if name in skill:
+            colour, marker = _LINES[name]
+            axes.plot(skill["sigma"], skill[name], color=colour, marker=marker, label=ESTIMATORS[name])
+    if skill["chance"] is not None:
+        axes.axhline(skill["chance"], color=GREY, linestyle=":", label="chance")
+    lowest = min(skill["chance"] or 0, *(min(skill[name]) for name in ("stitched", "vae") if name in skill))
+    axes.set_ylim(0.45 if skill["metric"] == "preference" and lowest >= 0.45 else min(0, lowest - 0.05), 1.05)
+
+
+def _kept(skill: Mapping[str, Any], level: float) -> tuple[float, dict[str, str]]:
+    """The measured noise level closest to ``level``, and what each model keeps there, in words."""
+    k = min(range(len(skill["sigma"])), key=lambda k: abs(skill["sigma"][k] - level))
+    return skill["sigma"][k], {name: percent(shares[k]) for name, shares in skill["retention"].items()}
 
 
 def ranking_curve(ranking: Mapping[str, Any], path: Path) -> None:

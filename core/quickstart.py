@@ -6,9 +6,7 @@ Caches and finetuning are kept in ``DIR/work``: a run that was interrupted repea
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from . import plots
 from .alignment import AlignResult, align
 from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
+from .costs import Clock
 from .datasets import CaptionedDataset
 from .estimators import Stitched, Tweedie
 from .evaluation import Retrieval, retrieval
@@ -32,8 +31,7 @@ from .recipes import recipe
 from .report import write_report
 from .reward import Reward
 from .searching import SearchResult, search
-from .slicing import LATENT
-from .stitching import stitch
+from .stitching import VAE_STITCHING, stitch
 from .value import StitchedValue
 
 BACKBONE, REWARD, DATASET = "shapes-mmdit", "shapes-clip", "shapes"
@@ -117,23 +115,6 @@ def quickstart(
     return summary
 
 
-class Clock:
-    """Wall time of named steps."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._steps: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._steps[step] = round(time.perf_counter() - started, 1)
-
-    def report(self) -> dict[str, float]:
-        return {**self._steps, "total": round(time.perf_counter() - self._started, 1)}
-
-
 @attrs.frozen(eq=False)
 class Job:
     """What the steps share."""
@@ -174,7 +155,7 @@ class Job:
 
     def stitch(self, found: SearchResult | None) -> StitchedValue:
         """Stage 2 at the best interface, or VAE stitching by the same recipe where ``found`` is None."""
-        where: dict[str, Any] = {"searched": found} if found is not None else {"cuts": (LATENT,), "blocks": (1,)}
+        where: dict[str, Any] = {"searched": found} if found is not None else VAE_STITCHING
         return stitch(
             self.backbone, self.reward, images=self.images, out=self.folder / ("vae" if found is None else "value"),
             work=self.folder / "work", recipe=self.recipe(), count=self.scale.images, seed=self.seed,

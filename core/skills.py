@@ -63,8 +63,8 @@ class Skill:
 
 
 @attrs.frozen(eq=False)
-class HeldOut:
-    """What one metric is measured on.
+class SkillData:
+    """What one metric is measured on, and, from the ``train`` split, the kind of pictures to prepare for it on.
 
     ``pictures``: one set ``[N, 3, H, W]`` uint8, or the preferred and the rejected one; ``prompts``: ``N`` captions or
     prompts, none where nothing reads them; ``ratings [N]`` for rank.
@@ -76,20 +76,24 @@ class HeldOut:
     ratings: Tensor | None = None
 
     @classmethod
-    def draw(cls, metric: MetricKind, dataset: Any, count: int, seed: int = 0) -> HeldOut:
-        """``count`` held-out images or pairs of a dataset plugin.
+    def draw(cls, metric: MetricKind, dataset: Any, count: int, seed: int = 0, split: str = "test") -> SkillData:
+        """``count`` images or pairs of a dataset plugin.
 
         Raises :class:`ConfigError` for a dataset that does not offer what the metric needs.
         """
         needed = f"the metric {metric!r}"
         if metric == "preference":
-            pairs = offering(dataset, "preferences", needed).preferences("test", count, seed)
+            pairs = offering(dataset, "preferences", needed).preferences(split, count, seed)
             return cls(metric, (pairs.preferred, pairs.rejected), pairs.prompts)
         if metric == "rank":
-            rated = offering(dataset, "rated", needed).rated("test", count, seed)
+            rated = offering(dataset, "rated", needed).rated(split, count, seed)
             return cls(metric, (rated.images,), ratings=rated.ratings)
-        captioned = offering(dataset, "captioned", needed).captioned("test", count, seed)
+        captioned = offering(dataset, "captioned", needed).captioned(split, count, seed)
         return cls(metric, (captioned.images,), captioned.captions)
+
+    def unlabelled(self) -> Tensor:
+        """All pictures ``[N * sets, 3, H, W]`` in one set, a pair's two side by side."""
+        return torch.stack(self.pictures, 1).flatten(0, 1)
 
     def measure(
         self,
@@ -132,12 +136,12 @@ class HeldOut:
 class _Measured:
     """How a metric reads a network's output, and what it makes of all the readings at one noise level."""
 
-    held: HeldOut
+    held: SkillData
     condition: Condition
 
     @classmethod
     @torch.no_grad()
-    def of(cls, held: HeldOut, reward: Reward) -> _Measured:
+    def of(cls, held: SkillData, reward: Reward) -> _Measured:
         prompted = held.metric == "preference" and reward.condition_kind == "prompts"
         return cls(held, reward.condition(held.prompts) if prompted else Condition())
 
@@ -154,21 +158,3 @@ class _Measured:
             assert self.held.ratings is not None
             return float(spearman(readings[0][None], self.held.ratings[None]))
         return centred_similarity(readings[0], clean[0])
-
-
-def measure_skill(
-    backbone: Backbone,
-    reward: Reward,
-    models: Mapping[str, StitchedValue],
-    dataset: Any,
-    *,
-    count: int = 1000,
-    **options: Any,
-) -> Skill:
-    """The reward's own metric on ``count`` held-out images or pairs of a dataset; ``options`` as for
-    :meth:`HeldOut.measure`.
-
-    Raises :class:`ConfigError` for a dataset that does not offer what the metric needs.
-    """
-    held = HeldOut.draw(metric_of(reward), dataset, count, options.get("seed", 0))
-    return held.measure(backbone, reward, models, **options)

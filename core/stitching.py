@@ -25,8 +25,11 @@ from .loading import load_backbone, name_of
 from .provenance import model_identity
 from .reward import Reward
 from .searching import JointSearch, SearchResult, search_jointly
-from .slicing import Head
+from .slicing import LATENT, Head
 from .value import Branch, Interface, StitchedValue
+
+VAE_STITCHING: dict[str, Any] = {"cuts": (LATENT,), "blocks": (1,)}
+"""The settings of :func:`stitch` that make the baseline: the latent itself, before the reward's first block."""
 
 
 @attrs.frozen(kw_only=True)

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "evaluate",
     "align": "align",
     "quickstart": "quickstart",
+    "matrix": "matrix",
     "doctor": "doctor",
 }
 """Sub-command to module, in the order ``--help`` shows them."""

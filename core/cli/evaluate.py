@@ -24,7 +24,7 @@ def command(
         list[Path], typer.Argument(metavar="DIR...", help="A value model, or runs of 'stitchvm align', the base first.")
     ],
     data: Annotated[str | None, typer.Option(metavar="DATASET", help="A dataset of 'stitchvm list'.")] = None,
-    count: Annotated[int, typer.Option(help="Held-out images to retrieve among.")] = 1000,
+    count: Annotated[int, typer.Option(help="Held-out images or pairs to measure on.")] = 1000,
     sigmas: Annotated[str, typer.Option(metavar="LIST", help="Noise levels.")] = "0.1,0.25,0.5,0.75,0.9",
     vae: Annotated[Path | None, typer.Option(metavar="DIR", help="Another value model to show beside it.")] = None,
     ranking: Annotated[bool, typer.Option("--ranking", help="Also rank seeds of one prompt, beside Tweedie.")] = False,
@@ -32,13 +32,13 @@ def command(
     seeds: Annotated[int, typer.Option(help="Seeds a prompt to rank.")] = 12,
     steps: Annotated[int, typer.Option(help="Sampling steps of the ranked seeds.")] = 28,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the ranked seeds.")] = 3.0,
-    reward: Annotated[str | None, typer.Option(help="Which of a value model's rewards to retrieve by.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Which of a value model's rewards to measure.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Instead of the value model's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of data and noise.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write evaluation.json and plots here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a value model by retrieval on noisy latents, or compare runs of 'stitchvm align' with the first of them.
+    """Measure a value model on noisy latents by its reward's metric, or compare runs of 'stitchvm align' with the first.
 
     A run is compared by its reward and, with --data, by the share of captions its pictures fulfil.
     """
@@ -52,9 +52,9 @@ def command(
         if len(folders) > 1:
             raise ConfigError("give one value model, or only folders that 'stitchvm align' wrote (with an align.json).")
         if data is None:
-            raise ConfigError("a value model is measured on captioned images; give one of 'stitchvm list' as --data.")
+            raise ConfigError("a value model is measured on held-out data; give one of 'stitchvm list' as --data.")
         job = _Job.load(folders[0], data, vae, backbone, levels(sigmas, "--sigmas"), seed)
-        report, show = {"retrieval": job.retrieval(count, reward)}, _print_value
+        report, show = job.measure(count, reward), _print_value
         if ranking:
             report["ranking"] = job.ranking(prompts, seeds, steps, guidance_scale)
         _draw(report, target)
@@ -101,16 +101,21 @@ class _Job:
         models = {name: StitchedValue.from_pretrained(place, backbone=network) for name, place in places.items()}
         return cls(network, models, dataset, sigmas, seed)
 
-    def retrieval(self, count: int, reward: str | None = None) -> dict[str, Any]:
-        from ..evaluation import chosen_reward, retrieval
+    def measure(self, count: int, reward: str | None = None) -> dict[str, Any]:
+        """``skill`` by the reward's own metric; for recall also ``retrieval``, with both directions."""
+        from ..evaluation import chosen_reward
+        from ..metrics import metric_of
+        from ..skills import Skill, SkillData
 
         judge = chosen_reward(self.models["stitched"], reward)
-        held = self.dataset.captioned("test", count, self.seed)
-        found = retrieval(
-            self.backbone, judge, self.models, held.images.float() / 255, held.captions,
-            sigmas=self.sigmas, seed=self.seed,
-        )  # fmt: skip
-        return {**found.report(), "retention": found.retention("stitched")}
+        held = SkillData.draw(metric_of(judge), self.dataset, count, self.seed)
+        options: dict[str, Any] = {"sigmas": self.sigmas, "seed": self.seed}
+        if held.metric != "recall":
+            return {"skill": held.measure(self.backbone, judge, self.models, **options).report()}
+        found = held.retrieval(self.backbone, judge, self.models, **options)
+        skill = Skill.of(found, held.prompts)
+        retrieval = {**found.report(), "retention": skill.retention("stitched")}
+        return {"retrieval": retrieval, "skill": skill.report()}
 
     def ranking(self, prompts: int, seeds: int, steps: int, guidance_scale: float) -> dict[str, Any]:
         from ..estimators import Stitched, Tweedie
@@ -129,17 +134,25 @@ def _draw(report: Mapping[str, Any], target: Path | None) -> None:
     from .. import plots
 
     if target is not None:
-        plots.recall_curve(report["retrieval"], target / "recall.png")
+        if "retrieval" in report:
+            plots.recall_curve(report["retrieval"], target / "recall.png")
+        else:
+            plots.skill_curve(report["skill"], target / "skill.png")
         if "ranking" in report:
             plots.ranking_curve(report["ranking"], target / "ranking.png")
 
 
 def _print_value(report: dict[str, Any]) -> None:
-    found = report["retrieval"]
-    rows = [("clean reward", *(f"{found['clean']:.1%}" for _ in found["sigma"]))]
-    rows += [(name, *(f"{recall:.1%}" for recall in found[name])) for name in ("stitched", "vae") if name in found]
-    rows.append(("retention", *(f"{share:.1%}" for share in found["retention"])))
-    print_table((f"recall@1 of {found['count']}", *(f"sigma {sigma:g}" for sigma in found["sigma"])), rows)
+    from ..plots import SKILLS
+
+    found = report["skill"]
+    shown = "{:.1%}".format if found["metric"] in ("recall", "preference") else "{:.3f}".format
+    rows = [("clean reward", *(shown(found["clean"]) for _ in found["sigma"]))]
+    rows += [(name, *map(shown, found[name])) for name in ("stitched", "vae") if name in found]
+    kept = found["retention"]["stitched"]
+    rows.append(("retention", *("–" if share is None else f"{share:.1%}" for share in kept)))
+    title = "recall@1" if found["metric"] == "recall" else SKILLS[found["metric"]]
+    print_table((f"{title} of {found['count']}", *(f"sigma {sigma:g}" for sigma in found["sigma"])), rows)
     if "ranking" not in report:
         return
     typer.echo()

@@ -102,7 +102,7 @@ def read_recipe(source: str, changes: dict[str, Any]) -> FinetuneSettings:
 
 def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str) -> dict[str, Any]:
     """The settings that say where to cut."""
-    from ..slicing import LATENT
+    from ..stitching import VAE_STITCHING
 
     if sum((interface is not None, vae, cuts is not None)) > 1:
         raise ConfigError("--interface, --vae and --cuts each say where to cut; give one of them.")
@@ -112,7 +112,7 @@ def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str) -> d
         return {"interface": tuple(int(part) for part in interface.split(","))}
     entered = {"blocks": numbers(blocks, "--blocks")}
     if vae:
-        return {"cuts": (LATENT,), "blocks": (1,)}
+        return VAE_STITCHING
     return {"cuts": None if cuts is None else numbers(cuts, "--cuts"), **entered}
 
 
