@@ -38,9 +38,9 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write evaluation.json and plots here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a value model on noisy latents by its reward's metric, or compare runs of 'stitchvm align' with the first.
+    """Measure a value model by its reward's metric on noisy latents, or compare runs of 'stitchvm align'.
 
-    A run is compared by its reward and, with --data, by the share of captions its pictures fulfil.
+    A run is compared with the first by its reward and, with --data, by the share of captions its pictures fulfil.
     """
     from ..comparison import ALIGN_REPORT
     from ..files import make_folder, write_json
