@@ -1,4 +1,4 @@
-"""The world as a dataset of StitchVM: captioned scenes, held-out prompts and the detector."""
+"""The world as a dataset of StitchVM: captioned scenes, held-out prompts, preferences, ratings and the detector."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stitchvm.core import Captioned
+from stitchvm.core import Captioned, Preferences, Rated
 
 from .detector import Detector
+from .preferences import clear_pairs
 from .render import make_split
 from .scenes import Split
+from .taste import beauty
 
 
 class ShapesWorld:
@@ -30,6 +32,21 @@ class ShapesWorld:
     def prompts(self, split: Split, count: int, seed: int = 0) -> list[str]:
         """``count`` captions, all different in the ``test`` split."""
         return make_split(split, count, seed + 1_000)[1]
+
+    def preferences(self, split: Split, count: int, seed: int = 0) -> Preferences:
+        """``count`` pairs of pictures of one prompt, the one of clearly higher utility first, as ``preferences`` says.
+
+        uint8 ``[count, 3, 64, 64]`` each; without people's noise; a fixed function of the arguments.
+        """
+        return Preferences(*clear_pairs(split, count, seed))
+
+    def rated(self, split: Split, count: int, seed: int = 0) -> Rated:
+        """``count`` scenes, uint8 ``[count, 3, 64, 64]``, and how good they look, 1 to 10, by ``taste.beauty``.
+
+        Without raters' noise; a fixed function of the arguments.
+        """
+        images, _, scenes = make_split(split, count, seed + 2_000)
+        return Rated(images, torch.tensor([beauty(scene) for scene in scenes]))
 
     @torch.no_grad()
     def fulfilled(self, images: Tensor, prompts: list[str]) -> Tensor:
