@@ -74,6 +74,11 @@ def _draw(rng: np.random.Generator) -> list[Scene]:
     return [scene, other]
 
 
+def is_outer(name: str) -> bool:
+    """Whether a parameter is an input's or output's, which Muon is not made for."""
+    return "embedding" in name or "conv1" in name or name.endswith("text_projection")
+
+
 class ClipTask:
     """Contrastive training on fresh scenes, each with its hard negative in the same batch."""
 
@@ -83,9 +88,7 @@ class ClipTask:
         self.modules: dict[str, nn.Module] = {"clip": self.model}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices, others = split_parameters(
-            [self.model], lambda name: "embedding" in name or "conv1" in name or name.endswith("text_projection")
-        )
+        matrices, others = split_parameters([self.model], is_outer)
         return [
             Muon(matrices, RATE),
             torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
