@@ -1,4 +1,4 @@
-"""Pairs of pictures of one prompt with a hidden utility, and people who choose between them with some noise.
+"""Pairs of pictures of one prompt with a hidden utility, and simulated people who choose with some noise.
 
 A picture's utility for a prompt is
 
@@ -149,7 +149,9 @@ def clear_pairs(split: Split, count: int, seed: int = 0) -> tuple[Tensor, Tensor
     if count < 0:
         raise ValueError("count is not negative")
     rng = np.random.default_rng((seed, 2 if split == "train" else 3))
-    best, worst, prompts = [], [], []
+    best: list[Tensor] = []
+    worst: list[Tensor] = []
+    prompts: list[str] = []
     while len(prompts) < count:
         pairs = draw_pairs(split, 50, rng)
         better = pairs.utilities.argmax(1)

@@ -85,8 +85,8 @@ def load(folder: Path) -> PredictorNet:
 
 def spearman(a: Iterable[float], b: Iterable[float]) -> float:
     """Rank correlation of two series without ties."""
-    ranks = [np.argsort(np.argsort(list(series))) for series in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(list(series))) for series in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 @torch.no_grad()

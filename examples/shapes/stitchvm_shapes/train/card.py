@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from ..constants import GUIDANCE, MAX_SEQUENCE_LENGTH, SCHEDULER_SHIFT, STEPS
+from ..preferences import TEMPERATURE
 from ..scenes import vocabulary
+from ..taste import FARTHEST, NEAREST, RATING_NOISE, SIZE_APPEAL, TERM_WEIGHTS, TEXTURE_APPEAL
+from . import aesthetic, dino
 from .stages import LATENTS, Plan
 
 _PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy")
@@ -32,6 +35,27 @@ def _table(numbers: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
+def _rewards() -> str:
+    weights = ", ".join(f"{weight:g} {name}" for name, weight in TERM_WEIGHTS.items())
+    textures = ", ".join(f"{name} {appeal:g}" for name, appeal in TEXTURE_APPEAL.items())
+    none, one, more = SIZE_APPEAL
+    layers = " - ".join(map(str, aesthetic.WIDTHS))
+    return f"""- `shapes-hps/`: open_clip model, `shapes-clip` finetuned on choices between two pictures of one prompt,
+  by the cross-entropy of the preferred one under the softmax of the two image-text logits. The pairs are made by
+  `stitchvm_shapes.preferences`: a hidden utility (wrong attributes, then blur, grain, balance, look), and simulated
+  people's choices after Bradley and Terry at temperature {TEMPERATURE:g}.
+- `shapes-clip/{aesthetic.FILENAME}`: linear maps {layers} of `shapes-clip`'s unit image embedding to a
+  rating from 1 to 10, fitted to {aesthetic.RATED:,} ratings with noise of deviation {RATING_NOISE:g}. The noiseless
+  rating is 1 + 9 ({weights}), each term in 0 .. 1
+  (`stitchvm_shapes.taste`): warmth, red minus blue of the objects' colours from the coldest to the warmest; contrast,
+  their distance from the background in RGB from {NEAREST:g} to {FARTHEST:g}; texture, {textures};
+  harmony, (1 + cos h) / 2 over pairs of objects with hues h apart, 0.5 for an object alone; size,
+  {none:g}, {one:g}, {more:g} for no, one, more large objects.
+- `shapes-dino/`: timm vision transformer (`timm.create_model("local-dir:...", pretrained=True)`), trained without
+  captions by self-distillation (DINO): a student matches its own moving average over {2 + dino.NARROW_VIEWS} views of a
+  picture, with centring, sharpening and KoLeo."""
+
+
 def _text(record: dict[str, Any]) -> str:
     sections = "\n\n".join(f"### {name}\n\n{_table(numbers)}" for name, numbers in record["models"].items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -48,6 +72,7 @@ pictures are in it.
   shift {SCHEDULER_SHIFT}; recommended guidance scale {GUIDANCE}, {STEPS} Euler steps, 64 x 64 pixels. Flow matching on
   {LATENTS:,} scenes, with the empty prompt in one case of ten.
 - `shapes-clip/`: open_clip model, `open_clip.create_model_from_pretrained("local-dir:...")`.
+{_rewards()}
 - `detector.safetensors`: says whether a picture fulfils a caption (`stitchvm_shapes.detector.Detector`).
 
 Captions have a vocabulary of {len(vocabulary())} words and a fixed grammar; other sentences mean nothing to these
@@ -60,5 +85,18 @@ held-out captions.
 
 `minutes` is the time spent in the training loop, on two processor cores shared with other work. `train_*` are means
 over 100 steps near the end. `fulfilled` is the part of generated pictures in which the detector finds the whole
-caption, `fulfilled_n` the same for captions of n objects. Seed {record["seed"]}; {versions}.
+caption, `fulfilled_n` the same for captions of n objects.
+
+hps: `accuracy` is how often the picture of higher utility is preferred, `accuracy_fulfilled` and `accuracy_quality` the
+same for pairs with different and with equal numbers of wrong attributes, `accuracy_noisy` agreement with noisy choices
+and `labels` how often these agree with the utility; `clip_*` the same of `shapes-clip`.
+
+aesthetic: `spearman` with the noiseless formula, `spearman_noisy` with noisy ratings, `spearman_raters` of the formula
+with those, `error` the root mean square in points.
+
+dino: `nearest_*` is how often the commonest label among the ten nearest of {dino.GALLERY:,} training scenes is right
+(`colours`: the whole set; `colour` and `shape`: in scenes of one object), `chance_*` the same for always naming the
+commonest; `mean_cosine` of different scenes; `effective_rank` of at most 128.
+
+Seed {record["seed"]}; {versions}.
 """

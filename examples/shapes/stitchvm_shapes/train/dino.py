@@ -51,6 +51,8 @@ CENTRE_MOMENTUM = 0.9
 #: The teacher follows the student more and more slowly: 1 - 1 / (step + 1), between these.
 MOMENTUM = (0.9, 0.992)
 KOLEO = 0.1
+#: Training scenes among which the neighbours of held-out ones are looked for.
+GALLERY = 5000
 
 
 def build() -> Any:
@@ -128,7 +130,7 @@ class DinoTask:
     @torch.no_grad()
     def _teach(self, views: list[Tensor]) -> list[Tensor]:
         """The teacher's probabilities for each view; afterwards the centre moves towards this batch's mean."""
-        projector = self.teacher["projector"]
+        projector: Any = self.teacher["projector"]
         logits = [projector(self.teacher["tower"](one)) for one in views]
         targets = [((one - projector.centre) / TEACHER_TEMPERATURE).softmax(-1) for one in logits]
         projector.centre.lerp_(torch.cat(logits).mean(0), 1 - CENTRE_MOMENTUM)
@@ -152,7 +154,7 @@ class DinoTask:
             for g, guess in enumerate(guesses)
             if t != g
         ]
-        spread = sum(koleo(one) for one in seen[0]) / 2
+        spread = (koleo(seen[0][0]) + koleo(seen[0][1])) / 2
         entropy = -(targets[0].mean(0) * targets[0].mean(0).clamp(min=1e-12).log()).sum()
         loss = torch.stack(losses).mean() + KOLEO * spread
         return loss, {"prototypes": math.exp(float(entropy))}
@@ -208,7 +210,7 @@ LABELS: dict[str, Callable[[Scene], Hashable]] = {
 }
 
 
-def evaluate(tower: Any, count: int = 1000, gallery: int = 5000, seed: int = 17) -> dict[str, float]:
+def evaluate(tower: Any, count: int = 1000, gallery: int = GALLERY, seed: int = 17) -> dict[str, float]:
     """What the neighbours of held-out scenes among training scenes know of them, and how far scenes are apart."""
     images, _, scenes = make_split("test", count, seed)
     others, _, known = make_split("train", gallery, seed)

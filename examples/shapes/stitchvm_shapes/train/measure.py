@@ -12,7 +12,7 @@ import torch
 
 from ..constants import GUIDANCE, STEPS
 from ..detector import Detector
-from . import clip, detector, mmdit, vae
+from . import aesthetic, clip, detector, dino, hps, mmdit, vae
 from .data import held_out
 from .stages import Plan
 from .tokens import build_tokenizer
@@ -42,6 +42,26 @@ def measure_detector(out: Path) -> dict[str, float]:
     """Accuracy on true and changed captions, and after the autoencoder."""
     judge = Detector.load(out / "detector.safetensors")
     return {**detector.evaluate(judge, vae.load(out / "vae")), "parameters": parameters(judge.net)}
+
+
+def measure_hps(out: Path) -> dict[str, float]:
+    """Agreement with preferences, retrieval, and the agreement of the model it began from."""
+    model, before = clip.load(out / "shapes-hps"), clip.load(out / "shapes-clip")
+    original = {f"clip_{name}": value for name, value in hps.evaluate(before).items() if name != "labels"}
+    retrieval = clip.recall(*clip.embed(model, build_tokenizer(), held_out()))
+    return {**hps.evaluate(model), **original, **retrieval, "parameters": parameters(model)}
+
+
+def measure_aesthetic(out: Path) -> dict[str, float]:
+    """Rank correlation with the formula and with noisy ratings."""
+    net = aesthetic.load(out / "shapes-clip")
+    return {**aesthetic.evaluate(out / "shapes-clip"), "parameters": parameters(net)}
+
+
+def measure_dino(out: Path) -> dict[str, float]:
+    """What nearest neighbours know, and whether embeddings have collapsed."""
+    tower = dino.load(out / "shapes-dino")
+    return {**dino.evaluate(tower), "parameters": parameters(tower)}
 
 
 def fulfilment(images: torch.Tensor, captions: list[str], judge: Detector) -> dict[str, float]:
@@ -76,6 +96,9 @@ MODELS = {
     "vae": Measured(measure_vae, ("vae",)),
     "clip": Measured(measure_clip, ("shapes-clip",)),
     "detector": Measured(measure_detector, ("detector.safetensors", "vae")),
+    "hps": Measured(measure_hps, ("shapes-hps", "shapes-clip")),
+    "aesthetic": Measured(measure_aesthetic, (f"shapes-clip/{aesthetic.FILENAME}",)),
+    "dino": Measured(measure_dino, ("shapes-dino",)),
     "mmdit": Measured(measure_mmdit, ("shapes-mmdit", "detector.safetensors")),
 }
 
