@@ -27,7 +27,8 @@ class Backbone(Sliced):
 
     A family sets ``path``, ``prediction`` (what the network's output means), ``latent_channels``, ``latent_factor``
     (image pixels per latent pixel) and ``native_resolution`` (image pixels), and writes what is abstract here and in
-    ``Sliced``. The VAE and the text encoders are loaded on first use, so that a head alone never reads them.
+    ``Sliced``. The VAE and the text encoders are loaded on first use, so that a head alone never reads them. A stem
+    takes a condition of one sample or of as many as there are latents (``condition.tensors_for(batch)``).
     """
 
     path: Path

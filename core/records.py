@@ -7,7 +7,7 @@ Hooks and registry files yield these descriptions, never models; ``load`` string
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -23,6 +23,27 @@ ConditionKind = Literal["prompts", "images", "nothing"]
 MetricKind = Literal["recall", "preference", "rank", "similarity"]
 """The skill a reward is measured by: see :mod:`stitchvm.core.metrics`."""
 METRICS: tuple[MetricKind, ...] = ("recall", "preference", "rank", "similarity")
+
+CAPABILITIES: dict[str, dict[str, str]] = {
+    "backbone": {
+        "upstream": "an upstream forward pass that slicing is compared with",
+        "rectangles": "latents that are not square",
+        "prompts": "text conditioning",
+        "bfloat16": "half precision",
+        "checkpointing": "gradient checkpointing",
+    },
+    "reward": {
+        "upstream": "an upstream forward pass that slicing is compared with",
+        "positions": "a positional embedding that can be added once more",
+        "bfloat16": "half precision",
+        "checkpointing": "gradient checkpointing",
+    },
+    "aligner": {
+        "estimator": "steering by an estimator's value",
+        "particles": "any number of particles a prompt",
+    },
+}
+"""What a plugin of each kind is taken to be able to do unless its ``lacks`` says otherwise."""
 
 LEVELS: tuple[Level, ...] = ("inline", "entry point", "built-in")
 """Which record wins a name, first to last; equal names at one level are a conflict."""
@@ -55,6 +76,19 @@ def _strings(value: Sequence[str]) -> tuple[str, ...]:
     if isinstance(value, str):
         raise ValueError(f"got the single string {value!r}; write a list or tuple of strings")
     return tuple(value)
+
+
+def _check_lacks(record: Any, attribute: attrs.Attribute[Mapping[str, str]], value: Mapping[str, str]) -> None:
+    known = CAPABILITIES[getattr(record, "kind", "aligner")]
+    for capability, reason in value.items():
+        if capability not in known:
+            raise ValueError(f"lacks names {capability!r}; choose from {', '.join(known)}")
+        if not isinstance(reason, str) or not reason.strip():
+            raise ValueError(f"lacks.{capability} is {reason!r}; write why, in a few words")
+
+
+def _lacks() -> dict[str, str]:
+    return attrs.field(factory=dict, validator=[attrs.validators.instance_of(dict), _check_lacks])
 
 
 def _name() -> str:
@@ -91,8 +125,9 @@ class Family:
 
     ``load`` names a class with the contract of :class:`~stitchvm.core.BackboneFamily` or ``RewardFamily``; ``requires``
     the modules it imports beyond the core's own, ``install`` the pip requirement that brings them. ``pipelines`` names
-    the classes of loaded pipelines whose backbone its ``from_pipeline`` gives. ``spec_version`` is the number the
-    plugin was written for, spelled out rather than copied from the core.
+    the classes of loaded pipelines whose backbone its ``from_pipeline`` gives. ``lacks`` maps each of the
+    :data:`CAPABILITIES` that it does not have to the reason; ``stitchvm check`` shows those as not applicable.
+    ``spec_version`` is the number the plugin was written for, spelled out rather than copied from the core.
     """
 
     kind: Literal["backbone", "reward"] = attrs.field(validator=attrs.validators.in_(("backbone", "reward")))
@@ -102,7 +137,7 @@ class Family:
     requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     install: str = ""
     pipelines: tuple[str, ...] = attrs.field(default=(), converter=_strings)
-    capabilities: tuple[str, ...] = attrs.field(default=(), converter=_strings)
+    lacks: dict[str, str] = _lacks()
     description: str = ""
     source: Source | None = attrs.field(default=None, eq=False, repr=False)
 
@@ -163,13 +198,14 @@ class RewardRecord:
 
 @attrs.frozen(kw_only=True)
 class AlignerRecord:
-    """A named alignment method: an attrs class whose fields are its settings."""
+    """A named alignment method: an attrs class whose fields are its settings; ``lacks`` as in :class:`Family`."""
 
     name: str = _name()
     load: str = _load()
     spec_version: int
     requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     install: str = ""
+    lacks: dict[str, str] = _lacks()
     description: str = ""
     source: Source | None = attrs.field(default=None, eq=False, repr=False)
 

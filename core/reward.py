@@ -41,6 +41,12 @@ class Reward(Sliced):
     prefix_count: int
     condition_kind: ConditionKind
 
+    def upstream(self, x: Tensor, condition: object = None) -> Tensor:
+        """``[B, D]``: what ``net`` itself returns for preprocessed pixels; a family whose embedding is something else
+        overrides it."""
+        output: Tensor = self.net(x)
+        return output
+
     @abstractmethod
     def preprocess(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] to the tower's normalised pixels, differentiable."""

@@ -105,6 +105,15 @@ class Sliced(nn.Module, ABC):
     def example(self, batch: int = 1) -> tuple[Any, Any]:
         """An ``(x, condition)`` of the right shapes on the parameters' device; zeros, for geometry only."""
 
+    def upstream(self, x: Any, condition: Any) -> Tensor:
+        """What the upstream network's own ``forward`` makes of the same input: what slicing is held to, in float32.
+
+        A backbone's output, a reward's embedding ``[B, D]``. Written over ``net`` alone and in another way than
+        ``stem``, ``block`` and ``exit``, or else it proves nothing. A family without an upstream model leaves it out
+        and says so in ``Family.lacks``. Raises :class:`NotImplementedError` there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no upstream() to be compared with.")
+
     # -- generic ----------------------------------------------------------------------------------------------------
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,22 @@ def test_records_survive_json(zoo):
 def test_default_registry_is_discovered_once(fresh_registry):
     assert core.registry() is core.registry()
     assert core.pairs() == core.registry().pairs()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "expected"),
+    [
+        ({"flight": "no wings"}, "lacks names 'flight'; choose from upstream, rectangles"),
+        ({"bfloat16": " "}, "lacks.bfloat16 is ' '; write why"),
+        (("bfloat16",), "'lacks' must be"),
+    ],
+)
+def test_what_a_family_lacks_is_a_known_capability_with_a_reason(lacks, expected):
+    with pytest.raises((TypeError, ValueError), match=re.escape(expected)):
+        core.Family(kind="backbone", name="x", load="a:B", spec_version=1, lacks=lacks)
+
+
+def test_capabilities_differ_by_kind():
+    core.AlignerRecord(name="x", load="a:B", spec_version=1, lacks={"estimator": "reads none"})
+    with pytest.raises(ValueError, match="lacks names 'bfloat16'; choose from estimator, particles"):
+        core.AlignerRecord(name="x", load="a:B", spec_version=1, lacks={"bfloat16": "reads none"})

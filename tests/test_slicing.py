@@ -80,6 +80,12 @@ def test_run_equals_upstream(case, parity):
     parity("forward", "whole")
 
 
+def test_a_family_s_own_reference_is_the_upstream_forward(case, parity):
+    network, x, condition, upstream = case
+    assert torch.equal(network.upstream(x, condition), upstream)
+    parity("upstream()", "whole")
+
+
 def test_resume_equals_upstream_at_every_cut(case, parity):
     network, x, condition, upstream = case
     for cut in range(network.depth + 1):

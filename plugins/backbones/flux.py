@@ -150,6 +150,24 @@ class FluxBackbone(FlowTransformer):
         packed = tokens.transpose(1, 2).unflatten(2, (state.rows, state.columns))
         return F.pixel_shuffle(packed, PATCH)
 
+    def upstream(self, x: NoisyLatent, condition: Condition) -> Tensor:
+        """The network on what the pipeline's own functions make of the latents."""
+        from diffusers import FluxPipeline
+
+        (batch, channels, height, width), like = x.latents.shape, (x.latents.device, x.latents.dtype)
+        tokens = self.net(
+            hidden_states=FluxPipeline._pack_latents(x.latents, batch, channels, height, width),
+            encoder_hidden_states=condition["embeds"],
+            pooled_projections=condition["pooled"],
+            timestep=x.sigma,
+            img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, *like),
+            txt_ids=x.latents.new_zeros(condition["embeds"].shape[1], 3),
+            guidance=None if self.guidance is None else torch.full_like(x.sigma, self.guidance),
+        ).sample
+        factor = self.latent_factor
+        output: Tensor = FluxPipeline._unpack_latents(tokens, height * factor, width * factor, factor)
+        return output
+
 
 def _positions(text: int, rows: int, columns: int) -> Tensor:
     """``[text + rows * columns, 3]``: what the rotary embedding counts. Text is at 0, an image token at its (0, row,

@@ -97,3 +97,12 @@ class MMDiTBackbone(FlowTransformer):
         return torch.einsum("nhwpqc->nchpwq", patches).reshape(
             len(tokens), net.out_channels, state.rows * size, state.columns * size
         )
+
+    def upstream(self, x: NoisyLatent, condition: Condition) -> Tensor:
+        output: Tensor = self.net(
+            hidden_states=x.latents,
+            encoder_hidden_states=condition["embeds"],
+            pooled_projections=condition["pooled"],
+            timestep=x.sigma * TIME_SCALE,
+        ).sample
+        return output

@@ -141,6 +141,14 @@ class UNetBackbone(Backbone):
         output: Tensor = net.conv_out(sample)
         return output
 
+    def upstream(self, x: NoisyLatent, condition: Condition) -> Tensor:
+        text, added = condition.tensors, None
+        if "pooled" in text:
+            added = {"text_embeds": text["pooled"], "time_ids": self._time_ids(x, text)}
+        timestep, embeds = self.time.timestep(x.sigma), text["embeds"]
+        output: Tensor = self.net(x.latents, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+        return output
+
     def grid(self, state: UNetState) -> Tensor:
         """The layer's own map: channels and resolution differ from cut to cut (see ``feature_info``)."""
         return state.sample
