@@ -147,7 +147,7 @@ def skill_panels(report: Mapping[str, Any], path: Path) -> None:
     cells = {(cell["backbone"], cell["reward"]): cell for cell in report["cells"]}
     backbones = [name for name in report["backbones"] if any(name == b for b, _ in cells)]
     rewards = [name for name in report["rewards"] if any(name == r for _, r in cells)]
-    with _figure(path, max(6.5, 1 + 3.1 * len(rewards)), 1.4 + 2.5 * len(backbones)) as figure:
+    with _figure(path, max(6.5, 1 + 3.3 * len(rewards)), 1.4 + 2.5 * len(backbones)) as figure:
         table = figure.subplots(len(backbones), len(rewards), squeeze=False, sharex=True)
         for line, backbone in zip(table, backbones, strict=True):
             for axes, reward in zip(line, rewards, strict=True):
@@ -169,7 +169,7 @@ def _panel(axes: Axes, cell: Mapping[str, Any] | None, backbone: str, reward: st
         return
     _skill(axes, cell)
     sigma, kept = _kept(cell, 0.25)
-    title = f"{name}\n{cell['metric']}: keeps {kept['stitched']} at sigma {sigma:g} (VAE: {kept['vae']})"
+    title = f"{name}\n{cell['metric']}: {kept['stitched']} kept at sigma {sigma:g}, VAE {kept['vae']}"
     _decorate(axes, title, "", SKILLS[cell["metric"]], size=9)
 
 

@@ -59,3 +59,20 @@ def summary() -> dict[str, Any]:
         "seed": 3,
         "command": "stitchvm quickstart --out out --seed 3",
     }  # fmt: skip
+
+
+def cell(backbone: str, reward: str, metric: str, clean: float, chance: float | None) -> dict[str, Any]:
+    stitched, vae = [0.9 * clean, 0.87 * clean, 0.5 * clean], [0.7 * clean, 0.61 * clean, 0.3 * clean]
+    return {
+        "backbone": backbone, "reward": reward, "metric": metric, "sigma": [0.1, 0.25, 0.75], "clean": clean,
+        "stitched": stitched, "vae": vae, "retention": {"stitched": [0.9, 0.87, 0.5], "vae": [0.7, 0.61, 0.3]},
+        "chance": chance, "count": 100, "interface": {"i": 2, "j": 1}, "seed": 0,
+    }  # fmt: skip
+
+
+def matrix_report() -> dict[str, Any]:
+    """A partial matrix: one backbone and one reward of six pairs are not measured at all, one pair is missing."""
+    cells = [cell("net-a", "taste", "preference", 0.9, 0.5), cell("net-b", "taste", "preference", 0.9, 0.5),
+             cell("net-b", "words", "recall", 0.8, 0.01)]  # fmt: skip
+    return {"world": "toy", "partial": True, "pairs": 6, "measured": 3, "backbones": ["net-a", "net-b", "net-c"],
+            "rewards": ["taste", "words"], "cells": cells}  # fmt: skip

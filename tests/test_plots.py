@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from results import search_report, summary
+from results import matrix_report, search_report, summary
 from stitchvm.core import ConfigError, OutputError, plots
 
 PICTURES = {
     "interface": lambda path: plots.interface_heatmap(search_report(), path),
     "recall": lambda path: plots.recall_curve(summary()["retrieval"], path),
+    "skill": lambda path: plots.skill_curve(matrix_report()["cells"][0], path),
+    "matrix": lambda path: plots.skill_panels(matrix_report(), path),
     "ranking": lambda path: plots.ranking_curve(summary()["ranking"], path),
     "steering": lambda path: plots.steering_bars(summary()["steering"], path),
     "loss": lambda path: plots.loss_curve([1 / (1 + n) for n in range(50)], path),
@@ -101,6 +103,34 @@ def test_recall_says_what_is_kept_and_shows_clean_as_a_dashed_line(tmp_path, fig
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert curves["stitched value"] == summary()["retrieval"]["stitched"]
     assert curves["VAE stitching"] == summary()["retrieval"]["vae"]
+
+
+def test_panels_stand_in_the_matrix_s_order_and_say_what_is_kept(tmp_path, figures):
+    plots.skill_panels(matrix_report(), tmp_path / "a.png")
+    titles = [axes.get_title(loc="left") for axes in figures[0].axes]
+    assert titles == [
+        "net-a x taste\npreference: 87% kept at sigma 0.25, VAE 61%", "net-a x words\nnot measured",
+        "net-b x taste\npreference: 87% kept at sigma 0.25, VAE 61%",
+        "net-b x words\nrecall: 87% kept at sigma 0.25, VAE 61%",
+    ]  # fmt: skip
+    assert "partial: 3 of 6 pairs" in texts(figures[0])
+    panel, cell = figures[0].axes[3], matrix_report()["cells"][2]
+    curves = {line.get_label(): line for line in panel.lines}
+    assert list(curves["stitched value"].get_ydata()) == cell["stitched"]
+    assert list(curves["VAE stitching"].get_ydata()) == cell["vae"]
+    clean = curves["clean reward (no noise)"]
+    assert clean.get_linestyle() == "--" and set(clean.get_ydata()) == {0.8}
+    assert set(curves["chance"].get_ydata()) == {0.01}
+
+
+def test_a_skill_that_cannot_be_kept_is_a_dash_and_no_chance_no_line(tmp_path, figures):
+    skill = {**matrix_report()["cells"][0], "metric": "similarity", "chance": None, "clean": 0.0}
+    skill["retention"] = {"stitched": [None, None, None]}
+    del skill["vae"]
+    plots.skill_curve(skill, tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    assert "At sigma 0.25 the stitched value keeps –" in axes.get_title(loc="left"), "0.25 and 0.75 are as close"
+    assert [line.get_label() for line in axes.lines] == ["clean reward (no noise)", "stitched value"]
 
 
 def test_bars_show_gains_with_errors_and_costs(tmp_path, figures):
