@@ -225,7 +225,7 @@ def test_quickstart_prints_the_result_and_where_the_report_is(run, monkeypatch, 
 
 
 def test_every_option_is_documented(run):
-    for name in ("search", "stitch", "evaluate", "quickstart"):
+    for name in ("search", "stitch", "evaluate", "quickstart", "matrix"):
         code, out, _ = run(name, "--help")
         assert code == 0
         assert "--json" in out and "--seed" in out

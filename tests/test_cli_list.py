@@ -52,7 +52,16 @@ def run(monkeypatch, capsys, fresh_registry):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("list",), ("list", "--json"), ("pairs",), ("doctor",), ("--help",), ("list", "--help"), ("--version",)],
+    [
+        ("list",),
+        ("list", "--json"),
+        ("pairs",),
+        ("doctor",),
+        ("--help",),
+        ("list", "--help"),
+        ("matrix", "--help"),
+        ("--version",),
+    ],
     ids=" ".join,
 )
 def test_light_commands_load_nothing_heavy(arguments):
