@@ -38,8 +38,8 @@ def assemble(
     done, missing = [], []
     for backbone, reward in pairs:
         path = cells / f"{cell_name(backbone, reward)}.json"
-        cell = read_json(path) if path.exists() else None
-        if cell is None or (backbone, reward) in failed or cell["settings"]["shared"] != shared:
+        cell = read_json(path) if path.exists() and (backbone, reward) not in failed else None
+        if cell is None or cell["settings"]["shared"] != shared:
             missing.append({"backbone": backbone, "reward": reward})
             continue
         models = cell.pop("settings")["models"]

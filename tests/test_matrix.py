@@ -281,6 +281,15 @@ def test_an_unforeseen_failure_is_named_and_forgotten_when_it_is_mended(world, t
     assert not list((tmp_path / "cells").glob("*.txt"))
 
 
+def test_a_damaged_cell_is_named_and_loses_nothing(world, tmp_path, stitches):
+    small(tmp_path, rewards=["tiny-dino", "tiny-clip"])
+    damaged = tmp_path / "cells" / "tiny-sd3--tiny-clip.json"
+    damaged.write_text(damaged.read_text()[:200])
+    report = small(tmp_path, rewards=["tiny-dino", "tiny-clip"])
+    assert "tiny-sd3--tiny-clip.json' is not valid JSON" in report["failed"][0]["error"]
+    assert [cell["reward"] for cell in report["cells"]] == ["tiny-dino"] and len(stitches) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
