@@ -11,9 +11,9 @@ import torch
 
 from ..constants import GUIDANCE, MAX_SEQUENCE_LENGTH, SCHEDULER_SHIFT, STEPS
 from ..preferences import TEMPERATURE
-from ..scenes import vocabulary
+from ..scenes import MAX_TOKENS, vocabulary
 from ..taste import FARTHEST, NEAREST, RATING_NOISE, SIZE_APPEAL, TERM_WEIGHTS, TEXTURE_APPEAL
-from . import aesthetic, dino
+from . import aesthetic, dino, flux
 from .stages import LATENTS, Plan
 
 _PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy")
@@ -71,6 +71,13 @@ pictures are in it.
   `max_sequence_length={MAX_SEQUENCE_LENGTH}`: it was trained without place-holder tokens for T5. Scheduler
   shift {SCHEDULER_SHIFT}; recommended guidance scale {GUIDANCE}, {STEPS} Euler steps, 64 x 64 pixels. Flow matching on
   {LATENTS:,} scenes, with the empty prompt in one case of ten.
+- `shapes-flux/`: diffusers `FluxPipeline` (`FluxTransformer2DModel`, a CLIP and a T5 encoder), call it with
+  `max_sequence_length={MAX_TOKENS}`. Its {len(flux.DOUBLE)} double blocks begin as blocks of `shapes-mmdit`, and it is
+  distilled from that model's guided velocity at guidance {flux.SCALES[0]:g} to {flux.SCALES[1]:g}, which it reads as an
+  input: `guidance_scale={GUIDANCE}` costs one pass a step, as FLUX.1 dev.
+- `shapes-unet/`: diffusers `StableDiffusionPipeline` (`UNet2DConditionModel`, variance preserving, epsilon; one CLIP
+  encoder), trained on the noise that `shapes-mmdit` finds in the same latents. DDIM, {STEPS} steps, guidance
+  {GUIDANCE}. Its VAE is the same without the shift of latents, which that pipeline does not know.
 - `shapes-clip/`: open_clip model, `open_clip.create_model_from_pretrained("local-dir:...")`.
 {_rewards()}
 - `detector.safetensors`: says whether a picture fulfils a caption (`stitchvm_shapes.detector.Detector`).

@@ -1,8 +1,8 @@
 """The likeness model: a timm vision transformer trained without captions, by self-distillation (DINO).
 
 Caron et al. 2021: a student sees several views of a picture and predicts what its own moving average, the teacher,
-makes of the two widest. The teacher's outputs are centred and sharpened, or all would become alike; KoLeo (DINOv2,
-Oquab et al. 2023) spreads the student's embeddings besides.
+makes of the two widest. The teacher's outputs are sharpened and centred, or all would become alike: here as in DINOv2
+(Oquab et al. 2023), by Sinkhorn and Knopp's iteration, with KoLeo to spread the student's embeddings besides.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import timm
 import torch
@@ -41,15 +42,18 @@ PRETRAINED = {
 }
 
 SCENES = 64
-RATE = 1e-3
-PROTOTYPES = 1024
+#: Scenes of a batch that share their ground. When all differ, it alone tells them apart, and a training this short
+#: learns nothing of the objects.
+GROUP = 8
+RATE = 2e-3
+PROTOTYPES = 512
 #: Side of a wide view's and a narrow view's cut-out, as a part of the picture (lowest, highest), and its pixels.
-WIDE, NARROW = (0.8, 1.0, 64), (0.45, 0.65, 32)
-NARROW_VIEWS = 2
+WIDE, NARROW = (0.85, 1.0, 64), (0.6, 0.8, 40)
+NARROW_VIEWS = 1
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
-CENTRE_MOMENTUM = 0.9
+SINKHORN_ITERATIONS = 3
 #: The teacher follows the student more and more slowly: 1 - 1 / (step + 1), between these.
-MOMENTUM = (0.9, 0.992)
+MOMENTUM = (0.9, 0.98)
 KOLEO = 0.1
 #: Training scenes among which the neighbours of held-out ones are looked for.
 GALLERY = 5000
@@ -63,13 +67,10 @@ def build() -> Any:
 class Projector(nn.Module):
     """Embeddings [B, 128] to logits [B, prototypes]: cosines of a hidden direction with each prototype's."""
 
-    centre: Tensor
-
     def __init__(self, width: int, prototypes: int) -> None:
         super().__init__()
         self.hidden = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, 64))
         self.prototypes = nn.Parameter(torch.randn(prototypes, 64))
-        self.register_buffer("centre", torch.zeros(prototypes))
 
     def forward(self, embedding: Tensor) -> Tensor:
         return F.linear(F.normalize(self.hidden(embedding), dim=-1), F.normalize(self.prototypes, dim=-1))
@@ -102,6 +103,27 @@ def koleo(embedding: Tensor) -> Tensor:
     return -(2 - 2 * nearest).clamp(min=1e-6).log().mean() / 2
 
 
+def balanced(logits: Tensor) -> Tensor:
+    """Probabilities [B, K] near softmax(logits) of which every prototype gets about as much over the batch, B / K."""
+    shares = (logits - logits.max()).double().exp()
+    for _ in range(SINKHORN_ITERATIONS):
+        shares = shares / shares.sum(0).clamp(min=1e-300)
+        shares = shares / shares.sum(1, keepdim=True)
+    return shares.to(logits.dtype)
+
+
+def _draw(rng: np.random.Generator) -> list[Scene]:
+    """The scenes of a batch, all with training captions, in groups on one ground."""
+    scenes: list[Scene] = []
+    while len(scenes) < SCENES:
+        scene = sample_scene(rng, "train")
+        if len(scenes) % GROUP:
+            scene = attrs.evolve(scene, texture=scenes[-1].texture, background=scenes[-1].background)
+        if scene.split == "train":
+            scenes.append(scene)
+    return scenes
+
+
 class DinoTask:
     """Self-distillation on fresh training scenes."""
 
@@ -128,19 +150,16 @@ class DinoTask:
             kept.lerp_(new, 1 - momentum)
 
     @torch.no_grad()
-    def _teach(self, views: list[Tensor]) -> list[Tensor]:
-        """The teacher's probabilities for each view; afterwards the centre moves towards this batch's mean."""
-        projector: Any = self.teacher["projector"]
-        logits = [projector(self.teacher["tower"](one)) for one in views]
-        targets = [((one - projector.centre) / TEACHER_TEMPERATURE).softmax(-1) for one in logits]
-        projector.centre.lerp_(torch.cat(logits).mean(0), 1 - CENTRE_MOMENTUM)
-        return targets
+    def _teach(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """The teacher's probabilities for each view."""
+        logits = [self.teacher["projector"](self.teacher["tower"](one)) for one in views]
+        return balanced(torch.cat(logits) / TEACHER_TEMPERATURE).chunk(len(views))
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         # Here and not after the optimiser's step, of which a task is not told.
         self._follow(step)
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        drawn = np.stack([render(sample_scene(rng, "train"), rng) for _ in range(SCENES)])
+        drawn = np.stack([render(scene, rng) for scene in _draw(rng)])
         images = as_float(torch.from_numpy(drawn))
         wide = [normalise(view(images, WIDE, generator)) for _ in range(2)]
         narrow = [normalise(view(images, NARROW, generator)) for _ in range(NARROW_VIEWS)]

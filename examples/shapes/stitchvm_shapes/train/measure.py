@@ -10,10 +10,12 @@ from typing import Any
 import attrs
 import torch
 
-from ..constants import GUIDANCE, STEPS
+from ..constants import GUIDANCE, MAX_SEQUENCE_LENGTH, STEPS
 from ..detector import Detector
-from . import aesthetic, clip, detector, dino, hps, mmdit, vae
+from ..scenes import MAX_TOKENS
+from . import aesthetic, clip, detector, dino, flux, hps, mmdit, unet, vae
 from .data import held_out
+from .generate import generate
 from .stages import Plan
 from .tokens import build_tokenizer
 
@@ -74,13 +76,31 @@ def fulfilment(images: torch.Tensor, captions: list[str], judge: Detector) -> di
     return {**numbers, "captions": len(captions)}
 
 
+def _asked(pipe: Any, out: Path, **settings: Any) -> dict[str, float]:
+    """Part of held-out captions that a pipeline's pictures fulfil, at the recommended guidance and steps."""
+    captions = held_out(1000).captions[:PROMPTS]
+    images = generate(pipe, captions, GUIDANCE, STEPS, **settings)
+    return fulfilment(images, captions, Detector.load(out / "detector.safetensors"))
+
+
 def measure_mmdit(out: Path) -> dict[str, float]:
     """Part of held-out captions whose generated picture fulfils them."""
-    captions = held_out(1000).captions[:PROMPTS]
     pipe = mmdit.load(out / "shapes-mmdit")
-    images = mmdit.generate(pipe, captions, GUIDANCE, STEPS)
-    numbers = fulfilment(images, captions, Detector.load(out / "detector.safetensors"))
+    numbers = _asked(pipe, out, max_sequence_length=MAX_SEQUENCE_LENGTH)
     return {**numbers, "parameters": parameters(pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)}
+
+
+def measure_flux(out: Path) -> dict[str, float]:
+    """The same, with the guidance embedded: one pass a step."""
+    pipe = flux.load(out / "shapes-flux")
+    numbers = _asked(pipe, out, max_sequence_length=MAX_TOKENS)
+    return {**numbers, "parameters": parameters(pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)}
+
+
+def measure_unet(out: Path) -> dict[str, float]:
+    """The same, by DDIM."""
+    pipe = unet.load(out / "shapes-unet")
+    return {**_asked(pipe, out), "parameters": parameters(pipe.unet, pipe.text_encoder)}
 
 
 @attrs.frozen
@@ -100,6 +120,8 @@ MODELS = {
     "aesthetic": Measured(measure_aesthetic, (f"shapes-clip/{aesthetic.FILENAME}",)),
     "dino": Measured(measure_dino, ("shapes-dino",)),
     "mmdit": Measured(measure_mmdit, ("shapes-mmdit", "detector.safetensors")),
+    "flux": Measured(measure_flux, ("shapes-flux", "detector.safetensors")),
+    "unet": Measured(measure_unet, ("shapes-unet", "detector.safetensors")),
 }
 
 

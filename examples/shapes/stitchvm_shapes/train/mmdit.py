@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from ..constants import MAX_SEQUENCE_LENGTH, SCHEDULER_SHIFT
+from ..constants import SCHEDULER_SHIFT
 from ..scenes import MAX_TOKENS
 from .clip import tokenise
 from .muon import Muon, split_parameters
@@ -28,25 +28,28 @@ RATE = 2e-3
 DROPOUT = 0.1
 
 
-def build_text_encoder(width: int) -> CLIPTextModelWithProjection:
-    """An untrained two-layer text encoder; SD3 reads its last layer but one and its projected end token."""
+def text_config(width: int) -> CLIPTextConfig:
+    """Two layers over the words of the captions; the backbones' text encoders differ in width and in what is read."""
     tokenizer = build_tokenizer()
     begin, end = (tokenizer.convert_tokens_to_ids(token) for token in (BEGIN, END))
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=width // 32,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act="gelu",
-            bos_token_id=begin,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 32,
+        max_position_embeddings=MAX_TOKENS,
+        hidden_act="gelu",
+        bos_token_id=begin,
+        eos_token_id=end,
+        pad_token_id=end,
     )
+
+
+def build_text_encoder(width: int) -> CLIPTextModelWithProjection:
+    """An untrained text encoder; SD3 reads its last layer but one and its projected end token."""
+    return CLIPTextModelWithProjection(text_config(width))
 
 
 def build_transformer() -> SD3Transformer2DModel:
@@ -159,25 +162,3 @@ def load(folder: Path) -> StableDiffusion3Pipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@torch.no_grad()
-def generate(
-    pipe: StableDiffusion3Pipeline, captions: list[str], guidance: float, steps: int, seed: int = 0, batch: int = 50
-) -> Tensor:
-    """One picture per caption, float [N, 3, 64, 64] in 0 .. 1."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for start in range(0, len(captions), batch):
-        output = pipe(
-            captions[start : start + batch],
-            height=64,
-            width=64,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            generator=generator,
-            output_type="pt",
-        )
-        parts.append(output.images)
-    return torch.cat(parts).clamp(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import attrs
@@ -9,15 +10,36 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from . import clip, detector, mmdit, vae
+from . import aesthetic, clip, detector, dino, flux, hps, mmdit, unet, vae
 from .data import Pictures, training_set
-from .export import export_clip, export_detector, export_mmdit, export_vae
+from .export import (
+    TOWER,
+    export_aesthetic,
+    export_clip,
+    export_detector,
+    export_dino,
+    export_flux,
+    export_mmdit,
+    export_unet,
+    export_vae,
+)
 from .loop import Loop, Schedule, Settings, Task, averaged, write_atomically
+from .teacher import Teacher
 from .tokens import build_tokenizer
 
 #: Optimiser steps of each model at scale 1.
-STEPS = {"vae": 2000, "clip": 1000, "detector": 500, "mmdit": 4200}
-#: Scenes whose latents the flow model is trained on.
+STEPS = {
+    "vae": 2000,
+    "clip": 1000,
+    "detector": 500,
+    "hps": 320,
+    "aesthetic": 4000,
+    "dino": 320,
+    "mmdit": 4200,
+    "flux": 2000,
+    "unet": 2000,
+}
+#: Scenes whose latents the backbones are trained on.
 LATENTS = 40_000
 _SHARD = 2000
 
@@ -74,6 +96,45 @@ def train_detector(plan: Plan) -> None:
     export_detector(task.net, plan.out / "detector.safetensors")
 
 
+def _forget_older(plan: Plan, name: str, origin: Path) -> None:
+    """Delete the checkpoint of a training that began from another file than `origin`, such as an older shapes-clip."""
+    note, digest = plan.work / f"{name}.origin", hashlib.sha256(origin.read_bytes()).hexdigest()
+    if not (note.exists() and note.read_text() == digest):
+        for suffix in (".pt", ".json"):
+            (plan.work / f"{name}{suffix}").unlink(missing_ok=True)
+        write_atomically(note, lambda path: path.write_text(digest))
+
+
+def train_hps(plan: Plan) -> None:
+    """Finetune and export the preference model; needs shapes-clip."""
+    _forget_older(plan, "hps", plan.out / "shapes-clip" / TOWER)
+    torch.manual_seed(plan.seed)
+    task = hps.HpsTask(plan.out / "shapes-clip")
+    _train(plan, "hps", task)
+    averaged(plan.work / "hps.pt", task.modules)
+    export_clip(task.model, plan.out / "shapes-hps")
+
+
+def train_aesthetic(plan: Plan) -> None:
+    """Train the predictor and put it beside shapes-clip, which it needs."""
+    folder = plan.out / "shapes-clip"
+    _forget_older(plan, "aesthetic", folder / TOWER)
+    torch.manual_seed(plan.seed)
+    task = aesthetic.AestheticTask(folder, training_set(plan.work, aesthetic.RATED), plan.seed)
+    _train(plan, "aesthetic", task)
+    averaged(plan.work / "aesthetic.pt", task.modules)
+    export_aesthetic(task.net, folder)
+
+
+def train_dino(plan: Plan) -> None:
+    """Train and export the likeness model."""
+    torch.manual_seed(plan.seed)
+    task = dino.DinoTask()
+    _train(plan, "dino", task)
+    # The teacher is an average of the student already; the average of the teacher would be an older one.
+    export_dino(task.teacher["tower"], plan.out / "shapes-dino")
+
+
 def _latents(plan: Plan, model: AutoencoderKL, pictures: Pictures) -> torch.Tensor:
     """Scaled latents of the training scenes, float16, kept in the work folder a shard at a time."""
     parts = []
@@ -86,13 +147,19 @@ def _latents(plan: Plan, model: AutoencoderKL, pictures: Pictures) -> torch.Tens
     return torch.cat(parts)
 
 
+def _examples(plan: Plan) -> tuple[mmdit.Examples, list[str]]:
+    """The cached latents of the exported autoencoder with their captions, as token ids and as text."""
+    pictures = training_set(plan.work)
+    captions = pictures.captions[:LATENTS]
+    latents = _latents(plan, vae.load(plan.out / "vae"), pictures)
+    return mmdit.Examples(latents, clip.tokenise(build_tokenizer(), captions)), captions
+
+
 def mmdit_task(plan: Plan, compiled: bool) -> mmdit.MmditTask:
     """The flow model's task on the cached latents of the exported autoencoder."""
-    pictures = training_set(plan.work)
-    ids = clip.tokenise(build_tokenizer(), pictures.captions[:LATENTS])
-    latents = _latents(plan, vae.load(plan.out / "vae"), pictures)
+    examples, _ = _examples(plan)
     torch.manual_seed(plan.seed)
-    return mmdit.MmditTask(mmdit.Examples(latents, ids), compiled, plan.bfloat16)
+    return mmdit.MmditTask(examples, compiled, plan.bfloat16)
 
 
 def train_mmdit(plan: Plan) -> None:
@@ -109,4 +176,46 @@ def export_checkpoint(plan: Plan) -> None:
     export_mmdit(vae.load(plan.out / "vae"), modules, plan.out / "shapes-mmdit")
 
 
-STAGES = {"vae": train_vae, "clip": train_clip, "detector": train_detector, "mmdit": train_mmdit}
+def train_flux(plan: Plan) -> None:
+    """Train and export the FLUX model; needs the finished flow model, its teacher."""
+    examples, captions = _examples(plan)
+    teacher = Teacher(plan.out / "shapes-mmdit", compiled=True)
+    torch.manual_seed(plan.seed)
+    _train(plan, "flux", flux.FluxTask(examples, flux.tokenise_t5(captions), teacher, compiled=True))
+    export_flux_checkpoint(plan)
+
+
+def export_flux_checkpoint(plan: Plan) -> None:
+    """Export the FLUX model as its checkpoint has it, finished or not."""
+    modules = flux.build_modules()
+    averaged(plan.work / "flux.pt", modules)
+    export_flux(vae.load(plan.out / "vae"), modules, plan.out / "shapes-flux")
+
+
+def train_unet(plan: Plan) -> None:
+    """Train and export the UNet; needs the finished flow model, its teacher."""
+    examples, _ = _examples(plan)
+    teacher = Teacher(plan.out / "shapes-mmdit", compiled=True)
+    torch.manual_seed(plan.seed)
+    _train(plan, "unet", unet.UnetTask(examples, teacher))
+    export_unet_checkpoint(plan)
+
+
+def export_unet_checkpoint(plan: Plan) -> None:
+    """Export the UNet as its checkpoint has it, finished or not."""
+    modules = unet.build_modules()
+    averaged(plan.work / "unet.pt", modules)
+    export_unet(vae.load(plan.out / "vae"), modules, plan.out / "shapes-unet")
+
+
+STAGES = {
+    "vae": train_vae,
+    "clip": train_clip,
+    "detector": train_detector,
+    "hps": train_hps,
+    "aesthetic": train_aesthetic,
+    "dino": train_dino,
+    "mmdit": train_mmdit,
+    "flux": train_flux,
+    "unet": train_unet,
+}

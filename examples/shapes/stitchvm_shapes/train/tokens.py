@@ -1,11 +1,11 @@
-"""A word-level CLIP tokenizer: each word of the captions is one token, stored as an ordinary BPE vocabulary."""
+"""Word-level tokenizers: each word of the captions is one token, in the ordinary vocabularies of CLIP and T5."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from ..scenes import MAX_TOKENS, vocabulary
 
@@ -43,3 +43,10 @@ def build_tokenizer() -> CLIPTokenizer:
     symbols += [token for token in dict.fromkeys("".join(pair) for pair in merges) if token not in symbols]
     vocab = {token: number for number, token in enumerate([*symbols, BEGIN, END])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """The tokenizer of a FLUX pipeline's second text encoder."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words = [("\u2581" + word, -1.0) for word in vocabulary()]
+    return T5Tokenizer(vocab=[*special, *words], extra_ids=0, model_max_length=MAX_TOKENS)
