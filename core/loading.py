@@ -104,7 +104,7 @@ def load_backbone(
     if isinstance(name, Backbone):
         return name
     record = name if isinstance(name, BackboneRecord) else _backbone_record(name, family)
-    cls: BackboneFamily = _family_class(record)
+    cls: BackboneFamily = family_class(record)
     precision = as_dtype(dtype or record.dtype)
     network = cls.from_pretrained(
         record, cut=cut, dtype=precision, device=device, token=token, local_files_only=local_files_only
@@ -168,7 +168,7 @@ def load_reward(
     if isinstance(name, Reward):
         return name
     record = name if isinstance(name, RewardRecord) else _reward_record(name, family)
-    cls: RewardFamily = _family_class(record)
+    cls: RewardFamily = family_class(record)
     precision = None if dtype is None else as_dtype(dtype)
     network = cls.from_pretrained(
         record, dtype=precision, device=device, token=token, local_files_only=local_files_only
@@ -193,7 +193,7 @@ def build_twin(record: BackboneRecord | RewardRecord) -> Any:
 def _build(record: BackboneRecord | RewardRecord, table: Mapping[str, Any], key: str, device: str) -> Any:
     if not table:
         raise ConfigError(f"{record.name!r} has no '{key}' in its record, so it cannot be built without weights.")
-    return _adopted(_family_class(record).build(table, device=device), record)
+    return _adopted(family_class(record).build(table, device=device), record)
 
 
 def _adopted(network: Any, record: BackboneRecord | RewardRecord) -> Any:
@@ -361,7 +361,8 @@ def _place(name: str, family: str | None, families: Mapping[str, Family]) -> dic
     return {"name": label, "family": families[family].name, **place}
 
 
-def _family_class(record: BackboneRecord | RewardRecord) -> Any:
+def family_class(record: BackboneRecord | RewardRecord) -> Any:
+    """The class behind a record; ``PluginLoadError`` where it cannot be imported."""
     family = registry().family(record)
     _check_installed(family, record.name)
     return _resolve(family.load, family.name)

@@ -87,8 +87,7 @@ def _check_lacks(record: Any, attribute: attrs.Attribute[Mapping[str, str]], val
             raise ValueError(f"lacks.{capability} is {reason!r}; write why, in a few words")
 
 
-def _lacks() -> dict[str, str]:
-    return attrs.field(factory=dict, validator=[attrs.validators.instance_of(dict), _check_lacks])
+_LACKS: Any = [attrs.validators.instance_of(dict), _check_lacks]
 
 
 def _name() -> str:
@@ -137,7 +136,7 @@ class Family:
     requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     install: str = ""
     pipelines: tuple[str, ...] = attrs.field(default=(), converter=_strings)
-    lacks: dict[str, str] = _lacks()
+    lacks: dict[str, str] = attrs.field(factory=dict, validator=_LACKS)
     description: str = ""
     source: Source | None = attrs.field(default=None, eq=False, repr=False)
 
@@ -205,7 +204,7 @@ class AlignerRecord:
     spec_version: int
     requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     install: str = ""
-    lacks: dict[str, str] = _lacks()
+    lacks: dict[str, str] = attrs.field(factory=dict, validator=_LACKS)
     description: str = ""
     source: Source | None = attrs.field(default=None, eq=False, repr=False)
 

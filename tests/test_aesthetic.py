@@ -85,6 +85,12 @@ def test_the_embedding_and_tokens_are_the_clips(folder):
     assert torch.equal(ours.tokens, theirs.tokens)
 
 
+def test_every_part_is_in_eval_mode(folder):
+    loaded = AestheticReward.from_pretrained(record("aesthetic", folder, aesthetic_architecture()))
+    for reward in (loaded, AestheticReward.build(aesthetic_architecture())):
+        assert not any(module.training for module in reward.modules())
+
+
 def test_no_text_tower_is_kept(folder):
     reward = AestheticReward.from_pretrained(record("aesthetic", folder, aesthetic_architecture()))
     assert reward.companions is None

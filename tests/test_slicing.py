@@ -151,7 +151,7 @@ def test_feature_info_of_a_pruned_network_is_refused(case):
 
 def test_frozen_in_eval_mode(case):
     network, *_ = case
-    assert not network.training
+    assert not any(module.training for module in network.modules())
     assert not any(p.requires_grad for p in network.parameters())
 
 

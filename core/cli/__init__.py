@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "quickstart": "quickstart",
     "matrix": "matrix",
     "doctor": "doctor",
+    "check": "check",
 }
 """Sub-command to module, in the order ``--help`` shows them."""
 

@@ -96,7 +96,7 @@ class AestheticReward(ClipReward):
         reward = super().build(clip, device=device)
         with torch.device(device):
             reward.net.predictor = Predictor(table["widths"])
-        return reward
+        return reward.eval()
 
     @classmethod
     def from_pretrained(
@@ -123,7 +123,7 @@ class AestheticReward(ClipReward):
             attrs.evolve(record, architecture=clip), dtype=dtype, device=device, **settings
         )
         reward.net.predictor = predictor.to(device).float()
-        return reward
+        return reward.eval()
 
 
 def _split(architecture: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

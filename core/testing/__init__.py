@@ -1,0 +1,24 @@
+"""The conformance kit: named checks that tell the author of a backbone, a reward or an aligner whether it is right.
+
+Three ways to run the same checks: ``stitchvm check NAME``, :func:`parametrize_checks`, and a class to subclass. They
+run on a record's twin, without a download, or on any object; :func:`examine` needs no test framework.
+"""
+
+from .doors import AlignerConformance, BackboneConformance, RewardConformance, parametrize_checks
+from .kit import Check, ConformanceError, Report, Result, Subject, checks_for, examine, run_check, subject_of
+
+__all__ = [
+    "AlignerConformance",
+    "BackboneConformance",
+    "Check",
+    "ConformanceError",
+    "Report",
+    "Result",
+    "RewardConformance",
+    "Subject",
+    "checks_for",
+    "examine",
+    "parametrize_checks",
+    "run_check",
+    "subject_of",
+]
