@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "matrix": "matrix",
     "doctor": "doctor",
     "check": "check",
+    "new-plugin": "new_plugin",
 }
 """Sub-command to module, in the order ``--help`` shows them."""
 

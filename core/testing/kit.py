@@ -21,6 +21,7 @@ from ..loading import build_twin, load_aligner, load_backbone, load_reward
 from ..records import CAPABILITIES, AlignerRecord, BackboneRecord, ConditionKind, Family, RewardRecord
 from ..registries import registry
 from ..reward import Reward
+from ..slicing import Sliced
 from .expect import Mismatch
 
 Kind = Literal["backbone", "reward", "aligner"]
@@ -155,6 +156,8 @@ def subject_of(given: Any, *, kind: Kind | None = None, lacks: Mapping[str, str]
             declared = given if isinstance(given, AlignerRecord) else registry().family(given)
             ours = declared.lacks if lacks is None else lacks
             return Subject(given.name, own, functools.partial(_open, given), given, _known(own, ours))
+    if isinstance(given, type) and issubclass(given, Sliced):
+        raise ConfigError(f"{given.__name__} is a class; give a network, such as {given.__name__}.build(twin).")
     own = "backbone" if isinstance(given, Backbone) else "reward" if isinstance(given, Reward) else "aligner"
     if own == "aligner" and not callable(getattr(given, "run", None)):
         raise ConfigError(f"a {type(given).__name__} is no backbone, reward or aligner; give one, or its name.")
