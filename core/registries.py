@@ -32,6 +32,9 @@ from .structuring import structure
 USER_REGISTRY = "STITCHVM_REGISTRY"
 """Environment variable: registry files (or single-file plugins) of the user's own, separated like ``PATH``."""
 
+CONFLICT = "conflict"
+"""In a distribution's place: a problem of two that are each in order."""
+
 R = TypeVar("R", Family, BackboneRecord, RewardRecord, AlignerRecord, DatasetRecord)
 
 _TABLES: dict[str, type[Record]] = {
@@ -55,7 +58,7 @@ class Shelf(Mapping[str, R], Generic[R]):
     """
 
     def __init__(self, kind: str, unknown: Callable[[str, str, Iterable[str]], UnknownNameError]) -> None:
-        self._kind = kind
+        self.kind = kind
         self._unknown = unknown
         self._claims: dict[str, list[R]] = {}
 
@@ -65,7 +68,7 @@ class Shelf(Mapping[str, R], Generic[R]):
 
     def __getitem__(self, name: str) -> R:
         if name not in self._claims:
-            raise self._unknown(self._kind, name, self)
+            raise self._unknown(self.kind, name, self)
         best = self._best(name)
         if len(best) > 1:
             raise PluginConflictError(self.conflict(name))
@@ -80,6 +83,10 @@ class Shelf(Mapping[str, R], Generic[R]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def claims(self) -> Iterator[R]:
+        """Every record that was offered, by name, those that another one outranks among them."""
+        return (record for name in sorted(self._claims) for record in self._claims[name] if record.name == name)
+
     def conflicts(self) -> Iterator[str]:
         """The names that cannot be used because two sources claim them."""
         return (name for name in sorted(self._claims) if len(self._best(name)) > 1)
@@ -87,7 +94,7 @@ class Shelf(Mapping[str, R], Generic[R]):
     def conflict(self, name: str) -> str:
         """What to say about such a name."""
         both = " and ".join(str(record.source) for record in self._best(name))
-        return f"{self._kind} {name!r} is offered by {both}; uninstall or rename one of them."
+        return f"{self.kind} {name!r} is offered by {both}; uninstall or rename one of them."
 
     def _best(self, name: str) -> list[R]:
         """The claims at the highest level present."""
@@ -192,7 +199,7 @@ class Registry:
         """Plugins that failed, names claimed twice, and records whose family nobody offers."""
         found = [*self.plugins.failures]
         for shelf in self._shelves():
-            found += [PluginFailure("conflict", name, shelf.conflict(name)) for name in shelf.conflicts()]
+            found += [PluginFailure(CONFLICT, name, shelf.conflict(name)) for name in shelf.conflicts()]
         named: tuple[BackboneRecord | RewardRecord, ...] = (*self.backbones.values(), *self.rewards.values())
         for record in named:
             try:
@@ -203,6 +210,10 @@ class Registry:
             except PluginConflictError:  # already reported, as a name claimed twice
                 continue
         return tuple(found)
+
+    def shelves(self) -> dict[str, Shelf[Any]]:
+        """Everything there is to offer, by kind."""
+        return {shelf.kind: shelf for shelf in self._shelves()}
 
     def _shelves(self) -> tuple[Shelf[Any], ...]:
         families = (self.backbone_families, self.reward_families)

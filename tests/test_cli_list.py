@@ -146,8 +146,27 @@ def stitchvm_backbones():
 def test_pairs(run):
     code, out, _ = run("pairs", "--json")
     assert code == 0
-    assert {"backbone": "sd3.5-medium", "reward": "clip-vit-l-14-336"} in json.loads(out)
-    assert "sd3.5-medium" in run("pairs")[1]
+    entry = {"backbone": "sd3.5-medium", "reward": "clip-vit-l-14-336", "obstacles": [], "stitchable": True}
+    assert entry in json.loads(out)
+    _, out, err = run("pairs")
+    assert "sd3.5-medium" in out
+    assert "pairs can be stitched here." in err
+
+
+def test_pairs_say_what_is_in_the_way(run, tmp_path):
+    (tmp_path / "mine.toml").write_text('[rewards.mine]\nfamily = "clip"\n')
+    _, out, err = run("--plugin", str(tmp_path / "mine.toml"), "pairs")
+    (line,) = (line for line in out.splitlines() if line.split()[:2] == ["sdxl", "mine"])
+    assert line.rstrip().endswith("'mine' names no weights; give its record a 'repo' or 'path'.")
+    ready, of, every, *_ = err.split()
+    assert (of, int(every) - int(ready) > 0) == ("of", True)
+
+
+def test_pairs_as_the_matrix_of_a_workflow(run):
+    code, out, _ = run("pairs", "--github")
+    assert (code, out.count("\n")) == (0, 1), "GitHub reads an output from one line"
+    assert {"backbones": "flux-dev"} in json.loads(out)["include"]
+    assert run("pairs", "--github", "--json")[0] == 2
 
 
 def test_doctor_is_content(run):
@@ -168,6 +187,94 @@ def test_doctor_and_list_with_a_broken_plugin(run, install):
     assert code == 0
     assert "clip-vit-l-14-336" in out
     assert err == "1 problem: see 'stitchvm doctor'.\n"
+
+
+BROKEN = {
+    "acme-import": ("1 / 0", "cannot import 'acme_import': ZeroDivisionError: division by zero"),
+    "acme-needs": ("import no_such_library", "the module 'no_such_library' is not installed."),
+    "acme-type": (
+        "from stitchvm.core import hookimpl\n@hookimpl\ndef stitchvm_rewards():\n    yield {'name': 'x'}",
+        "stitchvm_rewards yielded dict, expected Family or RewardRecord.",
+    ),
+    "acme-old": (
+        "from stitchvm.core import AlignerRecord, hookimpl\n@hookimpl\ndef stitchvm_aligners():\n"
+        "    yield AlignerRecord(name='old', load='a:B', spec_version=0)",
+        "'old' was written for plugin specification 0, this StitchVM has 1: upgrade the plugin.",
+    ),
+    "acme-file": (
+        "from pathlib import Path\nfrom stitchvm.core import hookimpl\n@hookimpl\ndef stitchvm_registries():\n"
+        "    yield Path(__file__).parent / 'names.toml'",
+        "names.toml [rewards.x]: unknown key 'famly', did you mean 'family'?",
+    ),
+}
+TWICE = (
+    "from stitchvm.core import RewardRecord, hookimpl\n@hookimpl\ndef stitchvm_rewards():\n"
+    "    yield RewardRecord(name='twice', family='clip', repo='a/b')"
+)
+
+
+def test_every_broken_plugin_has_its_own_message_and_none_stops_the_listing(run, install):
+    for name, (source, _) in BROKEN.items():
+        module = name.replace("-", "_")
+        install(name, {module: source, "names.toml": "[rewards.x]\nfamly = 'clip'\n"}, {"point": module})
+    for name in ("acme-one", "acme-two"):
+        install(name, {name.replace("-", "_"): TWICE}, {"point": name.replace("-", "_")}, version="2.5")
+    code, out, err = run("list")
+    assert code == 0
+    assert "clip-vit-l-14-336" in out
+    assert "twice" not in out
+    assert err == f"{len(BROKEN) + 1} problems: see 'stitchvm doctor'.\n"
+    code, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    plugins = {plugin["distribution"]: plugin for plugin in report["plugins"] if plugin["distribution"] in BROKEN}
+    assert code == 1
+    assert set(plugins) == set(BROKEN)
+    broken = [plugin for plugin in report["plugins"] if plugin["problems"]]
+    said = {plugin["distribution"]: plugin["problems"] for plugin in broken}
+    assert set(said) == set(BROKEN), "and nobody else is blamed"
+    for name, (_, expected) in BROKEN.items():
+        (message,) = said[name]
+        assert expected in message, name
+    claimed = [p["message"] for p in report["problems"] if p["distribution"] == "conflict"]
+    assert claimed == [
+        "reward 'twice' is offered by acme-two 2.5 (point) and acme-one 2.5 (point); uninstall or rename one of them."
+    ]
+
+
+def test_doctor_says_what_every_plugin_offers(run, install, tmp_path):
+    install("acme", {"acme_one": TWICE}, {"point": "acme_one"}, version="3.1")
+    (tmp_path / "mine.toml").write_text('[backbones.sdxl]\nfamily = "unet"\npath = "here"\n')
+    code, out, _ = run("--plugin", str(tmp_path / "mine.toml"), "doctor", "--json")
+    offers = {(p["distribution"], p["origin"]): p["offers"] for p in json.loads(out)["plugins"]}
+    assert code == 0
+    assert offers["acme", "point"] == {"reward": ["twice"]}
+    assert offers["stitchvm", "backbones"] == {"backbone family": ["flux", "mmdit", "unet"]}
+    assert offers["mine.toml", str(tmp_path / "mine.toml")] == {"backbone": ["sdxl"]}
+    (built_in,) = (kinds["backbone"] for kinds in offers.values() if "sd1.5" in kinds.get("backbone", ()))
+    assert "sdxl" in built_in, "offered, though the user's own outranks it"
+    _, out, _ = run("doctor")
+    (line,) = (line for line in out.splitlines() if line.startswith("acme "))
+    assert line.split() == ["acme", "3.1", "point", "entry", "point", "rewards:", "twice"]
+
+
+def test_a_single_file_plugin_outranks_everything_installed(run, tmp_path):
+    record = 'RewardRecord(name="hpsv2", family="clip", repo="me/mine", licence="mit")'
+    source = f"from stitchvm.core import RewardRecord, hookimpl\n@hookimpl\ndef stitchvm_rewards():\n    yield {record}"
+    (tmp_path / "mine_alone.py").write_text(source)
+    code, out, _ = run("--plugin", str(tmp_path / "mine_alone.py"), "list", "hpsv2", "--json")
+    (entry,) = json.loads(out)
+    assert (code, entry["repo"], entry["source"]["level"]) == (0, "me/mine", "inline")
+
+
+def test_two_files_of_the_users_that_claim_one_name_are_a_conflict(run, tmp_path):
+    for letter in "ab":
+        (tmp_path / f"{letter}.toml").write_text('[rewards.mine]\nfamily = "clip"\n')
+    plugins = [part for letter in "ab" for part in ("--plugin", str(tmp_path / f"{letter}.toml"))]
+    code, out, _ = run(*plugins, "doctor")
+    assert code == 1
+    assert "reward 'mine' is offered by a.toml" in " ".join(out.split())
+    code, _, err = run(*plugins, "list", "mine")
+    assert (code, "1 problem" in err) == (0, True)
 
 
 def test_plugin_option(run, tmp_path):

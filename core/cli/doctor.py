@@ -11,8 +11,8 @@ import attrs
 import typer
 
 from ..loading import missing_modules
-from ..records import SPEC_VERSION
-from ..registries import USER_REGISTRY, Registry, registry
+from ..records import SPEC_VERSION, Source
+from ..registries import CONFLICT, USER_REGISTRY, Registry, registry
 from .output import Json, print_json, print_table
 
 _LIBRARIES = ("stitchvm", "torch", "diffusers", "transformers", "open_clip_torch", "huggingface_hub", "safetensors")
@@ -39,13 +39,34 @@ def _report(names: Registry) -> dict[str, Any]:
             **{name: _version(name) for name in _LIBRARIES},
         },
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "plugins": [attrs.asdict(source) for source in names.plugins.sources.values()],
+        "plugins": _plugins(names),
         "families": [
             {"kind": family.kind, "name": family.name, "missing": missing_modules(family), "install": family.install}
             for family in families
         ],
         "problems": [attrs.asdict(problem) for problem in names.problems()],
     }
+
+
+def _plugins(names: Registry) -> list[dict[str, Any]]:
+    """Every plugin and registry file: where it came from, what it offers by kind, and what is wrong with it."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def entry(source: Source) -> dict[str, Any]:
+        fresh = {**attrs.asdict(source), "offers": {}, "problems": []}
+        return found.setdefault((source.distribution, source.origin), fresh)
+
+    for source in names.plugins.sources.values():
+        entry(source)
+    for kind, shelf in names.shelves().items():
+        for record in shelf.claims():
+            entry(record.source)["offers"].setdefault(kind, []).append(record.name)
+    for problem in names.problems():
+        if problem.distribution != CONFLICT:  # of two plugins that are each in order
+            version = _version(problem.distribution)
+            unread = Source(problem.distribution, version, problem.entry_point, "entry point")
+            entry(unread)["problems"].append(problem.message)
+    return list(found.values())
 
 
 def _version(distribution: str) -> str:
@@ -61,8 +82,8 @@ def _print(report: dict[str, Any]) -> None:
         typer.echo()
         print_table(("environment", ""), report["environment"].items())
     typer.echo()
-    rows = [(p["distribution"], p["version"], p["origin"], p["level"]) for p in report["plugins"]]
-    print_table(("plugin", "version", "from", "rank"), rows)
+    rows = [(p["distribution"], p["version"], p["origin"], p["level"], _offers(p)) for p in report["plugins"]]
+    print_table(("plugin", "version", "from", "rank", "offers"), rows)
     typer.echo()
     families = [(f["kind"], f["name"], _advice(f)) for f in report["families"]]
     print_table(("family", "", "status"), families)
@@ -71,6 +92,13 @@ def _print(report: dict[str, Any]) -> None:
         typer.echo("No problems.")
     for problem in report["problems"]:
         typer.echo(f"problem: {problem['distribution']} ({problem['entry_point']}): {problem['message']}")
+
+
+def _offers(plugin: dict[str, Any]) -> str:
+    plural = {"backbone family": "backbone families", "reward family": "reward families"}
+    kinds = [f"{plural.get(kind, f'{kind}s')}: {', '.join(names)}" for kind, names in plugin["offers"].items()]
+    failed = len(plugin["problems"])
+    return "; ".join([*kinds, *([f"{failed} problem{'s' * (failed > 1)}, see below"] if failed else [])])
 
 
 def _advice(family: dict[str, Any]) -> str:
