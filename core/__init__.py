@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from .particles import RESAMPLERS, Aligner, AlignProblem, Particles, Resampling, effective_sample_size
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
+    from .planning import Plan, plan
     from .ranking import Ranking, rank_seeds
     from .records import SPEC_VERSION, AlignerRecord, BackboneRecord, DatasetRecord, Family, Hint, RewardRecord, Source
     from .registries import Registry, pairs, registry
@@ -104,6 +105,7 @@ _PUBLIC = {
     ),
     "particles": ("RESAMPLERS", "AlignProblem", "Aligner", "Particles", "Resampling", "effective_sample_size"),
     "paths": ("FlowPath", "Path", "Prediction", "PredictionKind", "VariancePreservingPath", "as_sigma", "spread"),
+    "planning": ("Plan", "plan"),
     "ranking": ("Ranking", "rank_seeds"),
     "records": (
         "SPEC_VERSION",
@@ -163,6 +165,7 @@ __all__ = [
     "OutputError",
     "Particles",
     "Path",
+    "Plan",
     "PluginConflictError",
     "PluginFailure",
     "PluginLoadError",
@@ -213,6 +216,7 @@ __all__ = [
     "load_reward",
     "name_of",
     "pairs",
+    "plan",
     "rank_seeds",
     "registry",
     "resolve_source",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import attrs
 from torch import Tensor
@@ -29,7 +30,11 @@ class Backbone(Sliced):
     (image pixels per latent pixel) and ``native_resolution`` (image pixels), and writes what is abstract here and in
     ``Sliced``. The VAE and the text encoders are loaded on first use, so that a head alone never reads them. A stem
     takes a condition of one sample or of as many as there are latents (``condition.tensors_for(batch)``).
+    ``guided_passes`` of the network make one guided step: two, with the prompt and without, unless it was distilled to
+    need one.
     """
+
+    guided_passes: ClassVar[int] = 2
 
     path: Path
     prediction: PredictionKind

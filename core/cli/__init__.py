@@ -19,6 +19,7 @@ from ..errors import StitchError
 COMMANDS: dict[str, str] = {
     "list": "listing",
     "pairs": "pairing",
+    "plan": "plan",
     "search": "search",
     "stitch": "stitch",
     "evaluate": "evaluate",

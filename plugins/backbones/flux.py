@@ -68,6 +68,7 @@ class FluxBackbone(FlowTransformer):
     architecture = FluxArchitecture
     options = ("guidance", "sample_size")
     uniform_levels = True
+    guided_passes = 1
 
     net: FluxTransformer2DModel
 
