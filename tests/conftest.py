@@ -15,6 +15,12 @@ import pytest
 Install = Callable[..., Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backbones", metavar="NAMES", help="test_pairs: only the pairs of these backbones, separated by commas"
+    )
+
+
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Install a fake distribution: ``install("name", modules={"mod": source}, entry_points={"point": "mod"})``.

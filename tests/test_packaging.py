@@ -20,7 +20,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 CORE = sorted((ROOT / "core").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
-SHAPES = sorted((ROOT / "examples" / "shapes" / "stitchvm_shapes").rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("*/stitchvm_*/**/*.py"))
 
 
 def relative(path: Path) -> str:
@@ -122,12 +122,13 @@ def test_an_unknown_attribute_is_an_attribute_error():
 
 @pytest.mark.parametrize("path", CORE, ids=relative)
 def test_core_imports_relatively_and_no_plugin(path):
-    forbidden = {"stitchvm", "plugins", "core", "diffusers", "transformers", "open_clip", "timm", "stitchvm_shapes"}
+    forbidden = {"stitchvm", "plugins", "core", "diffusers", "transformers", "open_clip", "timm"}
+    forbidden |= {file.parent.name for file in EXAMPLES}
     found = [module for module, _, level in imports(path) if level == 0 and module.partition(".")[0] in forbidden]
     assert found == []
 
 
-@pytest.mark.parametrize("path", [*PLUGINS, *SHAPES], ids=relative)
+@pytest.mark.parametrize("path", [*PLUGINS, *EXAMPLES], ids=relative)
 def test_plugins_use_only_the_public_core(path):
     for module, names, level in imports(path):
         if level == 0 and module.startswith("stitchvm."):
@@ -135,7 +136,7 @@ def test_plugins_use_only_the_public_core(path):
             assert set(names) <= set(core.__all__)
 
 
-@pytest.mark.parametrize("path", [*CORE, *PLUGINS, *SHAPES], ids=relative)
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS, *EXAMPLES], ids=relative)
 def test_weights_are_never_unpickled(path):
     tree = ast.parse(path.read_text())
     assert {"pickle", "joblib", "dill"}.isdisjoint(module.partition(".")[0] for module, _, _ in imports(path))
@@ -144,3 +145,12 @@ def test_weights_are_never_unpickled(path):
             safe = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert safe.get("weights_only") == "True", f"line {call.lineno}"
         assert all(keyword.arg != "trust_remote_code" for keyword in call.keywords)
+
+
+def test_the_workflow_takes_its_pairs_from_the_list():
+    """The jobs of the pair matrix are what ``stitchvm pairs --github`` prints, run as test_pairs.py understands it."""
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert 'echo "matrix=$(stitchvm pairs --github)" >> "$GITHUB_OUTPUT"' in workflow
+    assert "matrix: ${{ fromJSON(needs.list-pairs.outputs.matrix) }}" in workflow
+    assert 'pytest tests/test_pairs.py --backbones "${{ matrix.backbones }}"' in workflow
+    assert all(f"dist/{name}-*.whl" in workflow for name in ("stitchvm_shapes", "stitchvm_pixart_example"))

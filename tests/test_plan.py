@@ -39,7 +39,7 @@ PAIRS = [
     ("sdxl", "dinov2-vit-l-14-reg4"),
     ("sd3-medium", "hpsv2"),
 ]
-SETTINGS = PlanSettings(cut=2, block=2, probes=8, probe_batch=4, images=4, cache_batch=4, batch=4, rollouts=2, steps=3)
+SETTINGS = PlanSettings(cut=2, block=2, probes=12, probe_batch=4, images=4, cache_batch=4, batch=4, rollouts=2, steps=3)
 
 
 def counted(run: Callable[[], object]) -> int:
@@ -70,7 +70,7 @@ def real_runs(pair: tuple[str, str], folder: Path) -> dict[str, int]:
     """What the jobs of a plan take when twins really do them."""
     backbone, reward = (core.build_twin(record) for record in records(pair))
     side = backbone.native_resolution
-    source = open_images(list(torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(0))))
+    source = open_images(list(torch.rand(12, 3, side, side, generator=torch.Generator().manual_seed(0))))
     compared = reward.condition(reward_families.compared(reward))
     condition, null = backbone.encode_prompts(["a cat"]), backbone.null_condition()
     backbone.encode_images(torch.zeros(1, 3, side, side))  # opens the VAE
@@ -81,7 +81,7 @@ def real_runs(pair: tuple[str, str], folder: Path) -> dict[str, int]:
 
     def search() -> None:
         found["search"] = core.search(
-            backbone, reward, images=source.items, probes=8, batch=4, resolution=side, progress=False
+            backbone, reward, images=source.items, probes=12, batch=4, resolution=side, progress=False
         )
 
     counts["search"] = counted(search)
