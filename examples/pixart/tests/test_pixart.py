@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import attrs
 import diffusers
 import pytest
 import torch
+import transformers
 
 from stitchvm import core
 from stitchvm.core import LATENT, Condition, Head, NoisyLatent
@@ -84,7 +86,7 @@ def test_the_published_size():
     """0.6 billion parameters, 28 blocks of 1152 over patches of two latent pixels."""
     backbone = core.build_geometry(RECORD)
     assert all(p.is_meta for p in backbone.parameters())
-    assert sum(p.numel() for p in backbone.parameters()) == pytest.approx(0.61e9, rel=0.01)
+    assert sum(p.numel() for p in backbone.parameters()) == 610_856_096
     info = backbone.feature_info()
     assert [(at.num_chs, at.reduction) for at in info] == [(1152, 2)] * 29
 
@@ -102,8 +104,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def record(folder: Path, **changes: Any) -> core.BackboneRecord:
-    return attrs.evolve(RECORD, repo=None, path=str(folder), architecture={}, dtype="float32", resolution=32, **changes)
+def record(folder: Path, lengths: dict[str, int] | None = None) -> core.BackboneRecord:
+    return attrs.evolve(
+        RECORD, repo=None, path=str(folder), architecture=lengths or {}, dtype="float32", resolution=32
+    )  # fmt: skip
 
 
 def test_loaded_from_a_folder_it_is_what_was_saved(folder):
@@ -142,6 +146,53 @@ def test_another_architecture_is_refused(folder):
     other = attrs.evolve(record(folder), architecture={"transformer": {"num_layers": 28}})
     with pytest.raises(core.WeightsError, match="num_layers is 4, expected 28"):
         core.load_backbone(other)
+
+
+def add_text(place: Path) -> None:
+    """A T5 of a few word pieces and its tokenizer, and the index that makes the folder a pipeline's."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{word}", -1.0) for word in ("a", "red", "cat"))]
+    transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=8).save_pretrained(place / "tokenizer")
+    torch.manual_seed(6)
+    config = transformers.T5Config(vocab_size=len(pieces), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(place / "text_encoder")
+    parts = {
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "transformer": ["diffusers", "PixArtTransformer2DModel"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    }
+    index = {"_class_name": "PixArtSigmaPipeline", "_diffusers_version": diffusers.__version__, **parts}
+    (place / "model_index.json").write_text(json.dumps(index))
+
+
+def test_prompts_are_what_the_pipeline_encodes(folder, tmp_path):
+    place = Path(shutil.copytree(folder, tmp_path / "whole"))
+    add_text(place)
+    backbone = core.load_backbone(record(place, lengths={"max_sequence_length": 6}))
+    pipeline = diffusers.PixArtSigmaPipeline.from_pretrained(place)
+    prompts = ["a red cat", "a"]
+    with torch.no_grad():
+        embeds, mask, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=6)
+    found = backbone.encode_prompts(prompts)
+    assert torch.equal(found["embeds"], embeds)
+    assert torch.equal(found["mask"], mask.float())
+    assert found["mask"].sum(1).tolist() == [4, 2], "the words and the end of the text"
+    x = NoisyLatent(inputs(backbone)[0].latents[:2], torch.tensor([0.2, 0.8]))
+    expected = pipeline.transformer(
+        x.latents, encoder_hidden_states=embeds, encoder_attention_mask=mask,
+        timestep=backbone.schedule.timestep(x.sigma), added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample[:, :4]  # fmt: skip
+    assert torch.equal(backbone.resume(backbone.head(x, found, 0), 0), expected)
+    null = backbone.null_condition()
+    assert null["embeds"].shape == (1, 6, 16)
+    assert float(null["mask"].sum()) == 1
+
+
+def test_a_folder_without_text_is_one_clear_error(folder):
+    backbone = core.load_backbone(record(folder))
+    with pytest.raises(core.WeightsError, match="text encoder in .* cannot be read"):
+        backbone.encode_prompts(["a cat"])
 
 
 # -- time, text, mistakes ---------------------------------------------------------------------------------------------
