@@ -2,9 +2,10 @@
 
 A picture's utility for a prompt is
 
-    u = - WRONG * (number of wrong attributes) - BLUR * blur - GRAIN * grain + BALANCE * balance + LOOK * look
+    u = - WRONG * (number of wrong attributes) - FOG * fog - BLUR * blur - GRAIN * grain
+        + BALANCE * balance + LOOK * look
 
-with blur, grain, balance and look (`taste.beauty` of what is shown) in 0 .. 1. `WRONG` exceeds all the other
+with fog, blur, grain, balance and look (`taste.beauty` of what is shown) in 0 .. 1. `WRONG` exceeds all the other
 coefficients together: what does what the prompt says is better than what does not, however it looks. People prefer the
 first of two pictures with the probability of Bradley and Terry, sigmoid((u1 - u2) / `TEMPERATURE`).
 """
@@ -22,13 +23,15 @@ from .render import SIZE, Placement, place, render_placed
 from .scenes import Scene, Split, change_one, sample_scene
 from .taste import HIGHEST, LOWEST, beauty
 
-WRONG, BLUR, GRAIN, BALANCE, LOOK = 2.0, 0.6, 0.5, 0.3, 0.3
+WRONG, FOG, BLUR, GRAIN, BALANCE, LOOK = 3.0, 1.2, 0.5, 0.5, 0.3, 0.3
 #: Spread of people's choices: they agree with the utility in about nine pairs of ten that `draw_pairs` makes.
-TEMPERATURE = 0.25
+TEMPERATURE = 0.4
 #: Utilities that differ by this much differ clearly.
-CLEAR = 0.3
+CLEAR = 0.5
 #: Probabilities that a picture shows the prompt's scene, one changed once, and one changed twice.
-CHANGES = (0.5, 0.35, 0.15)
+CHANGES = (0.6, 0.3, 0.1)
+#: How far the strongest fog pulls every pixel towards white.
+THICKEST_FOG = 0.6
 #: Standard deviation of the strongest grain, in units of the brightest pixel.
 STRONGEST_GRAIN = 0.12
 _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -36,21 +39,24 @@ _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 @attrs.frozen
 class Shot:
-    """A picture before it is drawn: what it shows, where, and how much blur and grain it has (0 .. 1 each)."""
+    """A picture before it is drawn: what it shows, where, and its fog, blur and grain (0 .. 1 each)."""
 
     shown: Scene
     spot: Placement
+    fog: float = 0.0
     blur: float = 0.0
     grain: float = 0.0
 
 
 @attrs.frozen(eq=False)
 class Pairs:
-    """Images uint8 [N, 2, 3, 64, 64], the caption asked for of each pair, and of each picture the utility, float32
-    [N, 2], and the number of wrong attributes, int64 [N, 2]."""
+    """Images uint8 [N, 2, 3, 64, 64] and the caption asked for of each pair; of each picture, the caption of what it
+    really shows (2 N, pair after pair), the utility float32 [N, 2], and the number of wrong attributes int64 [N, 2].
+    """
 
     images: Tensor
     captions: list[str]
+    shown: list[str]
     utilities: Tensor
     wrong: Tensor
 
@@ -87,7 +93,7 @@ def balance(spot: Placement) -> float:
 def utility(asked: Scene, shot: Shot) -> float:
     """The utility of a picture for a prompt; see the module."""
     look = (beauty(shot.shown) - LOWEST) / (HIGHEST - LOWEST)
-    quality = BALANCE * balance(shot.spot) + LOOK * look - BLUR * shot.blur - GRAIN * shot.grain
+    quality = BALANCE * balance(shot.spot) + LOOK * look - FOG * shot.fog - BLUR * shot.blur - GRAIN * shot.grain
     return quality - WRONG * wrong_attributes(asked, shot.shown)
 
 
@@ -103,17 +109,17 @@ def _take(asked: Scene, split: Split, rng: np.random.Generator) -> Shot:
     spots = [place(shown, rng) for _ in range(2)]
     # The better and the worse of two places, so that balance varies more than chance would make it.
     spot = (max if rng.random() < 0.5 else min)(spots, key=balance)
-    blur, grain = (rng.random(2) * (rng.random(2) < 0.5)).tolist()
-    return Shot(shown, spot, blur, grain)
+    return Shot(shown, spot, *(rng.uniform(0.3, 1.0, 3) * (rng.random(3) < 0.5)).tolist())
 
 
-def _spoil(images: Tensor, blur: Tensor, grain: Tensor, rng: np.random.Generator) -> Tensor:
-    """Images uint8 [N, 3, 64, 64] with blur and grain [N], 0 .. 1: a box of 5 x 5 pixels is the strongest blur."""
+def _spoil(images: Tensor, shots: list[Shot], rng: np.random.Generator) -> Tensor:
+    """Images uint8 [N, 3, 64, 64] with the blur, fog and grain of `shots`; the strongest blur is a box of 5 x 5."""
+    fog, blur, grain = torch.tensor([[shot.fog, shot.blur, shot.grain] for shot in shots]).T[..., None, None, None]
     clear = images.float() / 255
     boxed = F.avg_pool2d(F.pad(clear, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    fogged = clear.lerp(boxed, blur).lerp(torch.ones(()), THICKEST_FOG * fog)
     noise = torch.from_numpy(rng.standard_normal(clear.shape, np.float32))
-    spoilt = clear.lerp(boxed, blur[:, None, None, None]) + STRONGEST_GRAIN * grain[:, None, None, None] * noise
-    return (spoilt.clamp(0, 1) * 255).round().to(torch.uint8)
+    return ((fogged + STRONGEST_GRAIN * grain * noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def draw_pairs(split: Split, count: int, rng: np.random.Generator) -> Pairs:
@@ -121,14 +127,14 @@ def draw_pairs(split: Split, count: int, rng: np.random.Generator) -> Pairs:
     asked = [sample_scene(rng, split) for _ in range(count)]
     shots = [_take(scene, split, rng) for scene in asked for _ in range(2)]
     drawn = np.stack([render_placed(shot.shown, shot.spot, rng) for shot in shots])
-    blur, grain = torch.tensor([[shot.blur, shot.grain] for shot in shots]).T
-    images = _spoil(torch.from_numpy(drawn), blur, grain, rng)
+    images = _spoil(torch.from_numpy(drawn), shots, rng)
     prompts = [scene for scene in asked for _ in range(2)]
     utilities = [utility(scene, shot) for scene, shot in zip(prompts, shots, strict=True)]
     wrong = [wrong_attributes(scene, shot.shown) for scene, shot in zip(prompts, shots, strict=True)]
     return Pairs(
         images.unflatten(0, (count, 2)),
         [scene.caption for scene in asked],
+        [shot.shown.caption for shot in shots],
         torch.tensor(utilities).view(count, 2),
         torch.tensor(wrong).view(count, 2),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import textwrap
 from typing import Any
 
 import torch
@@ -35,29 +36,88 @@ def _table(numbers: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def _rewards() -> str:
+def _descriptions() -> dict[str, str]:
+    """What each model is and how it was trained, by the names of the trainings."""
     weights = ", ".join(f"{weight:g} {name}" for name, weight in TERM_WEIGHTS.items())
     textures = ", ".join(f"{name} {appeal:g}" for name, appeal in TEXTURE_APPEAL.items())
     none, one, more = SIZE_APPEAL
     layers = " - ".join(map(str, aesthetic.WIDTHS))
-    return f"""- `shapes-hps/`: open_clip model, `shapes-clip` finetuned on choices between two pictures of one prompt,
-  by the cross-entropy of the preferred one under the softmax of the two image-text logits. The pairs are made by
-  `stitchvm_shapes.preferences`: a hidden utility (wrong attributes, then blur, grain, balance, look), and simulated
-  people's choices after Bradley and Terry at temperature {TEMPERATURE:g}.
-- `shapes-clip/{aesthetic.FILENAME}`: linear maps {layers} of `shapes-clip`'s unit image embedding to a
-  rating from 1 to 10, fitted to {aesthetic.RATED:,} ratings with noise of deviation {RATING_NOISE:g}. The noiseless
+    return {
+        "vae": "`vae/`: diffusers `AutoencoderKL`, latents 8 x 16 x 16, shifted and scaled to mean 0 and deviation 1.",
+        "mmdit": f"""
+  `shapes-mmdit/`: diffusers `StableDiffusion3Pipeline` (`SD3Transformer2DModel`, two CLIP text
+  encoders, no T5). Load it with `dtype=torch.float32, text_encoder_3=None, tokenizer_3=None` and call it with
+  `max_sequence_length={MAX_SEQUENCE_LENGTH}`: it was trained without place-holder tokens for T5. Scheduler
+  shift {SCHEDULER_SHIFT}; recommended guidance scale {GUIDANCE}, {STEPS} Euler steps, 64 x 64 pixels. Flow matching on
+  {LATENTS:,} scenes, with the empty prompt in one case of ten.""",
+        "flux": f"""
+  `shapes-flux/`: diffusers `FluxPipeline` (`FluxTransformer2DModel`, a CLIP and a T5 encoder),
+  call it with `max_sequence_length={MAX_TOKENS}`. Its {len(flux.DOUBLE)} double blocks begin as blocks of
+  `shapes-mmdit`, and it is
+  distilled from that model's guided velocity at guidance {flux.SCALES[0]:g} to {flux.SCALES[1]:g}, which it reads as an
+  input: `guidance_scale={GUIDANCE}` costs one pass a step, as FLUX.1 dev.""",
+        "unet": f"""
+  `shapes-unet/`: diffusers `StableDiffusionPipeline` (`UNet2DConditionModel`, variance preserving,
+  epsilon; one CLIP encoder), trained on the noise that `shapes-mmdit` finds in the same latents. DDIM, {STEPS} steps,
+  guidance
+  {GUIDANCE}. Its VAE is the same without the shift of latents, which that pipeline does not know.""",
+        "clip": '`shapes-clip/`: open_clip model, `open_clip.create_model_from_pretrained("local-dir:...")`.',
+        "hps": f"""
+  `shapes-hps/`: open_clip model, `shapes-clip` finetuned on choices between two pictures of one
+  prompt, by the cross-entropy of the preferred one under the softmax of the two image-text logits, and of each
+  picture's own
+  caption. The pairs are made by `stitchvm_shapes.preferences`: a hidden utility (wrong attributes, then fog, blur,
+  grain, balance, look), and simulated people's choices after Bradley and Terry at temperature {TEMPERATURE:g}.""",
+        "aesthetic": f"""
+  `shapes-clip/{aesthetic.FILENAME}`: linear maps {layers} of `shapes-clip`'s unit image
+  embedding to a rating from 1 to 10, fitted to {aesthetic.RATED:,} ratings with noise of deviation {RATING_NOISE:g}.
+  The noiseless
   rating is 1 + 9 ({weights}), each term in 0 .. 1
   (`stitchvm_shapes.taste`): warmth, red minus blue of the objects' colours from the coldest to the warmest; contrast,
   their distance from the background in RGB from {NEAREST:g} to {FARTHEST:g}; texture, {textures};
   harmony, (1 + cos h) / 2 over pairs of objects with hues h apart, 0.5 for an object alone; size,
-  {none:g}, {one:g}, {more:g} for no, one, more large objects.
-- `shapes-dino/`: timm vision transformer (`timm.create_model("local-dir:...", pretrained=True)`), trained without
-  captions by self-distillation (DINO): a student matches its own moving average over {2 + dino.NARROW_VIEWS} views of a
-  picture, with centring, sharpening and KoLeo."""
+  {none:g}, {one:g}, {more:g} for no, one, more large objects.""",
+        "dino": f"""
+  `shapes-dino/`: timm vision transformer (`timm.create_model("local-dir:...", pretrained=True)`),
+  trained without captions by self-distillation (DINO): a student matches its own moving average over {
+            2 + dino.NARROW_VIEWS
+        }
+  views of a picture, with centring, sharpening and KoLeo.""",
+        "detector": """
+  `detector.safetensors`: says whether a picture fulfils a caption
+  (`stitchvm_shapes.detector.Detector`).""",
+    }
+
+
+#: What the figures of a model mean, where their names do not say it.
+_LEGENDS = {
+    "hps": """
+`accuracy` is how often the picture of higher utility is preferred, `accuracy_fulfilled` and
+`accuracy_quality` the same for pairs with different and with equal numbers of wrong attributes, `accuracy_noisy`
+agreement with noisy choices and `labels` how often these agree with the utility; `clip_*` the same of
+`shapes-clip`.""",
+    "aesthetic": """
+`spearman` with the noiseless formula, `spearman_noisy` with noisy ratings, `spearman_raters` of the
+formula with those, `error` the root mean square in points.""",
+    "dino": f"""
+`nearest_*` is how often the commonest label among the ten nearest of {dino.GALLERY:,} training scenes
+is right (`colours`: the whole set; `colour` and `shape`: in scenes of one object), `chance_*` the same for always
+naming
+the commonest; `mean_cosine` of different scenes; `effective_rank` of at most 128.""",
+}
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        " ".join(text.split()), 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _text(record: dict[str, Any]) -> str:
-    sections = "\n\n".join(f"### {name}\n\n{_table(numbers)}" for name, numbers in record["models"].items())
+    models = record["models"]
+    listed = "\n".join(_filled(f"- {text}", "  ") for name, text in _descriptions().items() if name in models)
+    legends = "\n\n".join(_filled(f"{name}: {text}") for name, text in _LEGENDS.items() if name in models)
+    sections = "\n\n".join(f"### {name}\n\n{_table(numbers)}" for name, numbers in models.items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"""# The models of stitchvm-shapes
 
@@ -65,22 +125,7 @@ Small but real models of captioned 64 x 64 scenes, all trained from nothing by `
 Weights are float16 safetensors under Apache-2.0. The training data is drawn by this package, so no third party's
 pictures are in it.
 
-- `vae/`: diffusers `AutoencoderKL`, latents 8 x 16 x 16, shifted and scaled to mean 0 and deviation 1.
-- `shapes-mmdit/`: diffusers `StableDiffusion3Pipeline` (`SD3Transformer2DModel`, two CLIP text encoders, no T5). Load
-  it with `dtype=torch.float32, text_encoder_3=None, tokenizer_3=None` and call it with
-  `max_sequence_length={MAX_SEQUENCE_LENGTH}`: it was trained without place-holder tokens for T5. Scheduler
-  shift {SCHEDULER_SHIFT}; recommended guidance scale {GUIDANCE}, {STEPS} Euler steps, 64 x 64 pixels. Flow matching on
-  {LATENTS:,} scenes, with the empty prompt in one case of ten.
-- `shapes-flux/`: diffusers `FluxPipeline` (`FluxTransformer2DModel`, a CLIP and a T5 encoder), call it with
-  `max_sequence_length={MAX_TOKENS}`. Its {len(flux.DOUBLE)} double blocks begin as blocks of `shapes-mmdit`, and it is
-  distilled from that model's guided velocity at guidance {flux.SCALES[0]:g} to {flux.SCALES[1]:g}, which it reads as an
-  input: `guidance_scale={GUIDANCE}` costs one pass a step, as FLUX.1 dev.
-- `shapes-unet/`: diffusers `StableDiffusionPipeline` (`UNet2DConditionModel`, variance preserving, epsilon; one CLIP
-  encoder), trained on the noise that `shapes-mmdit` finds in the same latents. DDIM, {STEPS} steps, guidance
-  {GUIDANCE}. Its VAE is the same without the shift of latents, which that pipeline does not know.
-- `shapes-clip/`: open_clip model, `open_clip.create_model_from_pretrained("local-dir:...")`.
-{_rewards()}
-- `detector.safetensors`: says whether a picture fulfils a caption (`stitchvm_shapes.detector.Detector`).
+{listed}
 
 Captions have a vocabulary of {len(vocabulary())} words and a fixed grammar; other sentences mean nothing to these
 models. One caption in ten, chosen by a hash of its text, is held out from every training; all figures below are for
@@ -94,16 +139,7 @@ held-out captions.
 over 100 steps near the end. `fulfilled` is the part of generated pictures in which the detector finds the whole
 caption, `fulfilled_n` the same for captions of n objects.
 
-hps: `accuracy` is how often the picture of higher utility is preferred, `accuracy_fulfilled` and `accuracy_quality` the
-same for pairs with different and with equal numbers of wrong attributes, `accuracy_noisy` agreement with noisy choices
-and `labels` how often these agree with the utility; `clip_*` the same of `shapes-clip`.
-
-aesthetic: `spearman` with the noiseless formula, `spearman_noisy` with noisy ratings, `spearman_raters` of the formula
-with those, `error` the root mean square in points.
-
-dino: `nearest_*` is how often the commonest label among the ten nearest of {dino.GALLERY:,} training scenes is right
-(`colours`: the whole set; `colour` and `shape`: in scenes of one object), `chance_*` the same for always naming the
-commonest; `mean_cosine` of different scenes; `effective_rank` of at most 128.
+{legends}
 
 Seed {record["seed"]}; {versions}.
 """

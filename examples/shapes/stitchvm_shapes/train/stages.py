@@ -32,7 +32,7 @@ STEPS = {
     "vae": 2000,
     "clip": 1000,
     "detector": 500,
-    "hps": 320,
+    "hps": 250,
     "aesthetic": 4000,
     "dino": 320,
     "mmdit": 4200,

@@ -1,0 +1,151 @@
+"""The shipped rewards, each through its registry record, and how they were trained."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from stitchvm import core
+from stitchvm_shapes.constants import WEIGHTS
+from stitchvm_shapes.train import aesthetic, clip, dino, hps, stages
+from stitchvm_shapes.train.data import Pictures, held_out
+from stitchvm_shapes.train.loop import Loop, Schedule, Settings
+from stitchvm_shapes.world import ShapesWorld
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    return held_out(100, seed=31)
+
+
+def scores(reward: core.Reward, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
+    with torch.no_grad():
+        return reward.rate(images / 255, reward.condition(prompts))
+
+
+def test_the_aesthetic_record_says_what_it_reads_and_is_measured_by():
+    reward = core.load_reward("shapes-aesthetic")
+    assert core.registry().rewards["shapes-aesthetic"].metric == "rank"
+    assert reward.condition_kind == "nothing"
+    assert reward.preprocess(torch.rand(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+
+
+def test_the_aesthetic_score_is_the_predictors_and_ranks_as_the_formula(pictures):
+    rated = ShapesWorld().rated("test", 100, seed=5)
+    found = scores(core.load_reward("shapes-aesthetic"), rated.images, None)
+    model = clip.load(WEIGHTS / "shapes-clip")
+    with torch.no_grad():
+        seen = model.encode_image(clip.normalise(rated.images / 255))
+        predicted = aesthetic.load(WEIGHTS / "shapes-clip")(seen)
+    torch.testing.assert_close(found, predicted, atol=1e-4, rtol=0)
+    assert aesthetic.spearman(found.tolist(), rated.ratings.tolist()) >= 0.8
+    assert float((found - rated.ratings).abs().mean()) < 1
+
+
+def test_the_predictor_belongs_to_the_tower_beside_it():
+    folder = WEIGHTS / "shapes-clip"
+    with safe_open(folder / aesthetic.FILENAME, framework="pt") as file:
+        digest = file.metadata()["tower_sha256"]
+    assert digest == hashlib.sha256((folder / "open_clip_model.safetensors").read_bytes()).hexdigest()
+
+
+def small(name: str, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    if name == "hps":
+        monkeypatch.setattr(hps, "PAIRS", 2)
+        return hps.HpsTask(WEIGHTS / "shapes-clip")
+    if name == "dino":
+        monkeypatch.setattr(dino, "SCENES", 4)
+        return dino.DinoTask()
+    return aesthetic.AestheticTask(WEIGHTS / "shapes-clip", held_out(20, seed=33))
+
+
+@pytest.mark.parametrize("name", ["hps", "dino", "aesthetic"])
+def test_an_interrupted_training_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
+    states = []
+    for folder, stops in (("straight", (3,)), ("resumed", (1, 3))):
+        for stop in stops:
+            task = small(name, monkeypatch)
+            Loop(task, Settings(name, tmp_path / folder, Schedule(4, warmup=1))).run(stop)
+        states.append({f"{m}/{k}": v for m, module in task.modules.items() for k, v in module.state_dict().items()})
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_the_teacher_follows_the_student_and_is_not_trained_itself(monkeypatch):
+    task = small("dino", monkeypatch)
+    start = [p.clone() for p in task.teacher.parameters()]
+    with torch.no_grad():
+        for parameter in task.student.parameters():
+            parameter.add_(1)
+    loss, _ = task.loss(1, torch.Generator().manual_seed(0))
+    loss.backward()
+    # At step 1 the teacher keeps nine tenths of itself.
+    for before, after in zip(start, task.teacher.parameters(), strict=True):
+        torch.testing.assert_close(after, before + 0.1, atol=1e-5, rtol=0)
+        assert after.grad is None
+
+
+def test_the_teachers_targets_are_balanced_over_prototypes():
+    # Without balance all four would choose the first prototype.
+    logits = torch.tensor([[9.0, 4.0], [9.0, 6.0], [9.0, 1.0], [9.0, 3.0]])
+    shares = dino.balanced(logits)
+    torch.testing.assert_close(shares.sum(1), torch.ones(4))
+    torch.testing.assert_close(shares.sum(0), torch.full((2,), 2.0), atol=0.2, rtol=0)
+    # What leans to the second prototype most gets most of it.
+    assert shares[:, 1].argsort().tolist() == [2, 3, 0, 1]
+
+
+def test_scenes_of_a_batch_share_their_ground_in_groups():
+    scenes = dino._draw(np.random.default_rng(0))
+    assert len(scenes) == dino.SCENES
+    for start in range(0, dino.SCENES, dino.GROUP):
+        group = scenes[start : start + dino.GROUP]
+        assert len({(scene.texture, scene.background) for scene in group}) == 1
+        assert len({scene.caption for scene in group}) > 1
+    assert {scene.split for scene in scenes} == {"train"}
+
+
+def test_views_keep_the_picture_but_for_a_cut_out_and_small_changes(pictures):
+    wide = dino.view(pictures.images[:8] / 255, dino.WIDE, torch.Generator().manual_seed(0))
+    narrow = dino.view(pictures.images[:8] / 255, dino.NARROW, torch.Generator().manual_seed(0))
+    assert wide.shape == (8, 3, 64, 64)
+    assert narrow.shape == (8, 3, 40, 40)
+    assert wide.min() >= 0 and wide.max() <= 1
+    means = (wide.mean((2, 3)) - pictures.images[:8].div(255).mean((2, 3))).abs()
+    assert means.max() < 0.2
+    # Mirrored, a picture would show another relation: the cut-out correlates with the picture, not with its mirror.
+    grey, there = wide.mean(1), (pictures.images[:8] / 255).mean(1)
+    along, mirrored = (
+        float(torch.corrcoef(torch.stack([grey.flatten(), one.flatten()]))[0, 1]) for one in (there, there.flip(-1))
+    )
+    assert along > mirrored
+
+
+def test_neighbours_and_ranks_have_their_closed_forms():
+    gallery = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=-1)
+    right, chance = dino.nearest_accuracy(gallery[[0, 2]], ["a", "b"], gallery, ["a", "a", "b"], k=1)
+    assert (right, chance) == (1.0, 0.5)
+    assert dino.effective_rank(torch.cat([torch.eye(4), -torch.eye(4)])) == pytest.approx(4, rel=1e-4)
+    assert dino.effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(1, rel=1e-4)
+    # Two opposite pairs of equal vectors are 0 apart, held at the smallest distance; four axes are sqrt(2) apart.
+    assert float(dino.koleo(torch.eye(4))) == pytest.approx(-0.5 * np.log(2), rel=1e-5)
+    assert aesthetic.spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+
+
+def test_a_new_tower_makes_what_was_trained_on_the_old_one_start_again(tmp_path):
+    plan = stages.Plan(tmp_path, tmp_path)
+    tower = tmp_path / "tower"
+    for content, kept in ((b"old", False), (b"old", True), (b"new", False), (b"new", True)):
+        tower.write_bytes(content)
+        stages._forget_older(plan, "hps", tower)
+        assert (tmp_path / "hps.pt").exists() == kept
+        (tmp_path / "hps.pt").write_bytes(b"checkpoint")
+
+
+def test_every_reward_stage_follows_shapes_clip():
+    order = list(stages.STAGES)
+    assert all(order.index("clip") < order.index(name) for name in ("hps", "aesthetic"))
