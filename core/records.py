@@ -24,6 +24,10 @@ MetricKind = Literal["recall", "preference", "rank", "similarity"]
 """The skill a reward is measured by: see :mod:`stitchvm.core.metrics`."""
 METRICS: tuple[MetricKind, ...] = ("recall", "preference", "rank", "similarity")
 
+PluginKind = Literal["backbone", "reward", "aligner"]
+"""What a package may add that the conformance kit checks."""
+PLUGIN_KINDS: tuple[PluginKind, ...] = ("backbone", "reward", "aligner")
+
 CAPABILITIES: dict[str, dict[str, str]] = {
     "backbone": {
         "upstream": "an upstream forward pass that slicing is compared with",

@@ -7,14 +7,13 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .errors import ConfigError, OutputError
 from .files import make_folder, output_errors, write_text
+from .records import PLUGIN_KINDS
 from .registries import registry
 
-Kind = Literal["backbone", "reward", "aligner"]
-KINDS: tuple[Kind, ...] = ("backbone", "reward", "aligner")
 TEMPLATES = Path(__file__).parent / "templates" / "plugin"
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -24,8 +23,8 @@ def plugin_files(name: str, kind: str) -> dict[str, str]:
 
     Raises :class:`ConfigError` for another kind, or a name that is not lower-case words joined by hyphens.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}.")
+    if kind not in PLUGIN_KINDS:
+        raise ConfigError(f"kind is {kind!r}; choose one of {', '.join(PLUGIN_KINDS)}.")
     if not _NAME.fullmatch(name):
         raise ConfigError(f"name is {name!r}; use lower-case letters, digits and hyphens, such as my-{kind}.")
     package = f"stitchvm_{name.replace('-', '_')}"

@@ -7,18 +7,18 @@ import pytest
 import toys
 from mutant_records import RECORD_MUTANTS, registered
 from mutants import MUTANTS
+from stitchvm.core.records import PLUGIN_KINDS
 from stitchvm.core.testing import Report, checks_for, examine
 
-KINDS = ("backbone", "reward", "aligner")
-OBJECTS = [(kind, name) for kind in KINDS for name in MUTANTS[kind]]
-RECORDS = [(kind, name) for kind in KINDS for name in RECORD_MUTANTS[kind]]
+OBJECTS = [(kind, name) for kind in PLUGIN_KINDS for name in MUTANTS[kind]]
+RECORDS = [(kind, name) for kind in PLUGIN_KINDS for name in RECORD_MUTANTS[kind]]
 
 
 def summary(report: Report) -> list[str]:
     return [failure.message for failure in report.failures]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLUGIN_KINDS)
 def test_every_check_has_a_mutant(kind):
     names = [check.name for check in checks_for(kind)]
     assert len(names) == len(set(names))
@@ -43,7 +43,7 @@ def test_a_broken_plugin_fails_that_check_and_no_other(kind, name):
     assert message.startswith(f"{kind} {report.name!r} fails {name!r} (")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLUGIN_KINDS)
 def test_a_good_record_passes(kind, tmp_path, fresh_registry):
     report = examine(registered(None, kind, tmp_path))
     assert summary(report) == []

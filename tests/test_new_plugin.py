@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from stitchvm import core
 from stitchvm.core import ConfigError, OutputError, WeightsError, cli
-from stitchvm.core.scaffold import KINDS, TEMPLATES, new_plugin, plugin_files
+from stitchvm.core.records import PLUGIN_KINDS
+from stitchvm.core.scaffold import TEMPLATES, new_plugin, plugin_files
 from stitchvm.core.testing import examine
 
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation")
@@ -21,7 +22,7 @@ PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-de
 def written(tmp_path_factory) -> dict[str, Path]:
     """One package of each kind, as the command writes it."""
     folder = tmp_path_factory.mktemp("written")
-    return {kind: new_plugin(f"fresh-{kind}", kind, folder / kind) for kind in KINDS}
+    return {kind: new_plugin(f"fresh-{kind}", kind, folder / kind) for kind in PLUGIN_KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def installed(site, monkeypatch, fresh_registry) -> Path:
     return site
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLUGIN_KINDS)
 def test_what_is_written_installs_and_passes_the_kit(kind, installed):
     assert [p.message for p in core.registry().problems() if p.distribution == f"stitchvm-fresh-{kind}"] == []
     report = examine(f"fresh-{kind}")
@@ -80,7 +81,7 @@ def test_a_backbone_s_head_is_loaded_alone(installed, tmp_path):
     assert part.null_condition()["text"].equal(whole.null_condition()["text"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLUGIN_KINDS)
 def test_it_is_written_as_ruff_would(kind, written):
     for command in (["check", "--isolated", "--select", "E,F,UP,B", "--line-length", "120"],
                     ["format", "--check", "--isolated", "--line-length", "120"]):  # fmt: skip
@@ -90,7 +91,9 @@ def test_it_is_written_as_ruff_would(kind, written):
 
 
 def test_every_template_is_used():
-    used = {"pyproject.toml", "README.md", "test_plugin.py"} | {f"{k}{s}.py" for k in KINDS for s in ("", "_plugin")}
+    used = {"pyproject.toml", "README.md", "test_plugin.py"} | {
+        f"{k}{s}.py" for k in PLUGIN_KINDS for s in ("", "_plugin")
+    }
     assert {path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir()} == used
 
 

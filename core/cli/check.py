@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
+from ..records import PLUGIN_KINDS
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Run the conformance kit on a plugin's small twin, without a download; exit with 1 when a check fails."""
-    from ..testing.kit import KINDS, examine
+    from ..testing.kit import examine
 
-    chosen = next((each for each in KINDS if each == kind), None)
+    chosen = next((each for each in PLUGIN_KINDS if each == kind), None)
     if kind is not None and chosen is None:
-        raise ConfigError(f"--kind is {kind!r}; choose one of {', '.join(KINDS)}.")
+        raise ConfigError(f"--kind is {kind!r}; choose one of {', '.join(PLUGIN_KINDS)}.")
     report = examine(name, kind=chosen)
     if as_json:
         print_json(report.json())

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from ..scaffold import KINDS, new_plugin
+from ..records import PLUGIN_KINDS
+from ..scaffold import new_plugin
 
 
 def command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Lower-case letters, digits and hyphens.")],
-    kind: Annotated[str, typer.Option(metavar="KIND", help=f"One of {', '.join(KINDS)}.")],
+    kind: Annotated[str, typer.Option(metavar="KIND", help=f"One of {', '.join(PLUGIN_KINDS)}.")],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A new folder (default: stitchvm-NAME, here).")
     ] = None,

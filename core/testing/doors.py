@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import attrs
 
-from .kit import Check, ConformanceError, Kind, Subject, checks_for, run_check, subject_of
+from ..records import PluginKind
+from .kit import Check, ConformanceError, Subject, checks_for, run_check, subject_of
 
 
 @attrs.frozen(eq=False)
@@ -27,7 +28,7 @@ class BoundCheck:
             pytest.skip(f"not applicable: {result.message}")
 
 
-def parametrize_checks(*given: Any, kind: Kind | None = None, lacks: Mapping[str, str] | None = None) -> Any:
+def parametrize_checks(*given: Any, kind: PluginKind | None = None, lacks: Mapping[str, str] | None = None) -> Any:
     """A decorator that runs a test once for every check of every plugin given (see ``subject_of``)::
 
     @parametrize_checks("my-backbone", "my-reward")
@@ -44,7 +45,7 @@ def parametrize_checks(*given: Any, kind: Kind | None = None, lacks: Mapping[str
 class Conformance:
     """One test a check; ``given`` and ``lacks`` are what :func:`~stitchvm.core.testing.subject_of` takes."""
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[PluginKind]
     given: ClassVar[Any]
     lacks: ClassVar[Mapping[str, str] | None] = None
 

@@ -18,18 +18,25 @@ import torch
 from ..backbone import Backbone
 from ..errors import ConfigError, StitchError, UnknownNameError
 from ..loading import build_twin, load_aligner, load_backbone, load_reward
-from ..records import CAPABILITIES, AlignerRecord, BackboneRecord, ConditionKind, Family, RewardRecord
+from ..records import (
+    CAPABILITIES,
+    PLUGIN_KINDS,
+    AlignerRecord,
+    BackboneRecord,
+    ConditionKind,
+    Family,
+    PluginKind,
+    RewardRecord,
+)
 from ..registries import registry
 from ..reward import Reward
 from ..slicing import Sliced
 from .expect import Mismatch
 
-Kind = Literal["backbone", "reward", "aligner"]
-KINDS: tuple[Kind, ...] = ("backbone", "reward", "aligner")
 FIRST = "builds"
 """The check without which the others have nothing to run on."""
 Status = Literal["passed", "failed", "not applicable"]
-_RECORDS: dict[Kind, type[Any]] = {"backbone": BackboneRecord, "reward": RewardRecord, "aligner": AlignerRecord}
+_RECORDS: dict[PluginKind, type[Any]] = {"backbone": BackboneRecord, "reward": RewardRecord, "aligner": AlignerRecord}
 
 
 class ConformanceError(StitchError, AssertionError):
@@ -41,7 +48,7 @@ class Subject:
     """What is being checked: a plugin object, made when it is first needed, and its registry record if it has one."""
 
     name: str
-    kind: Kind
+    kind: PluginKind
     make: Callable[[], Any]
     record: BackboneRecord | RewardRecord | AlignerRecord | None = None
     lacks: Mapping[str, str] = attrs.field(factory=dict)
@@ -71,7 +78,7 @@ class Check:
     """
 
     name: str
-    kind: Kind
+    kind: PluginKind
     function: Callable[[Any], None]
     needs: str = ""
     only: tuple[ConditionKind, ...] = ()
@@ -99,7 +106,7 @@ class Report:
     """All results of one plugin; ``not_run`` names the checks that had nothing to run on."""
 
     name: str
-    kind: Kind
+    kind: PluginKind
     results: tuple[Result, ...]
     not_run: tuple[str, ...] = ()
 
@@ -121,7 +128,7 @@ _CHECKS: list[Check] = []
 
 
 def check(
-    *kinds: Kind, needs: str = "", only: Sequence[ConditionKind] = (), of_record: bool = False, table: str = ""
+    *kinds: PluginKind, needs: str = "", only: Sequence[ConditionKind] = (), of_record: bool = False, table: str = ""
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Register a function as a check of each of ``kinds``; its name with hyphens is the check's."""
 
@@ -135,14 +142,14 @@ def check(
     return register
 
 
-def checks_for(kind: Kind) -> tuple[Check, ...]:
+def checks_for(kind: PluginKind) -> tuple[Check, ...]:
     """Every check of a kind of plugin: whether it builds, those of its record, the others."""
     from . import aligners, backbones, records, rewards, sliced  # noqa: F401  (they register themselves)
 
     return tuple(sorted((c for c in _CHECKS if c.kind == kind), key=lambda c: (c.name != FIRST, not c.of_record)))
 
 
-def subject_of(given: Any, *, kind: Kind | None = None, lacks: Mapping[str, str] | None = None) -> Subject:
+def subject_of(given: Any, *, kind: PluginKind | None = None, lacks: Mapping[str, str] | None = None) -> Subject:
     """What to check: a registered name or a record (its twin is built, or without one its local weights are loaded), or
     an object: a backbone, a reward, or a method with its settings.
 
@@ -165,28 +172,28 @@ def subject_of(given: Any, *, kind: Kind | None = None, lacks: Mapping[str, str]
     return Subject(type(plugin).__name__, own, lambda: plugin, None, _known(own, lacks or {}))
 
 
-def _known(kind: Kind, lacks: Mapping[str, str]) -> Mapping[str, str]:
+def _known(kind: PluginKind, lacks: Mapping[str, str]) -> Mapping[str, str]:
     unknown = sorted(set(lacks) - set(CAPABILITIES[kind]))
     if unknown:
         raise ConfigError(f"lacks names {', '.join(unknown)}; choose from {', '.join(CAPABILITIES[kind])}.")
     return lacks
 
 
-def _record_named(name: str, kind: Kind | None) -> Any:
+def _record_named(name: str, kind: PluginKind | None) -> Any:
     """The one record of that name; an :class:`UnknownNameError` that says what was meant or what to install."""
     names = registry()
-    shelves: dict[Kind, Mapping[str, Any]] = {
+    shelves: dict[PluginKind, Mapping[str, Any]] = {
         "backbone": names.backbones, "reward": names.rewards, "aligner": names.aligners,
     }  # fmt: skip
     if kind is not None:
         return shelves[kind][name]
-    found = [own for own in KINDS if name in shelves[own]]
+    found = [own for own in PLUGIN_KINDS if name in shelves[own]]
     if len(found) > 1:
         raise ConfigError(f"{name!r} is a {' and a '.join(found)}; say which one (kind).")
     if not found:
-        hinted = [own for own in KINDS if (own, name) in names.hints]
+        hinted = [own for own in PLUGIN_KINDS if (own, name) in names.hints]
         close = difflib.get_close_matches(name.lower(), [n for shelf in shelves.values() for n in shelf], 1)
-        found = hinted or [own for own in KINDS if close and close[0] in shelves[own]]
+        found = hinted or [own for own in PLUGIN_KINDS if close and close[0] in shelves[own]]
     if not found:
         raise UnknownNameError(f"unknown backbone, reward or aligner {name!r}; 'stitchvm list' shows what there is.")
     return shelves[found[0]][name]
@@ -255,7 +262,7 @@ def _problem(check: Check, subject: Subject) -> str:
     return ""
 
 
-def examine(given: Any, *, kind: Kind | None = None, lacks: Mapping[str, str] | None = None) -> Report:
+def examine(given: Any, *, kind: PluginKind | None = None, lacks: Mapping[str, str] | None = None) -> Report:
     """Run every check on ``given`` (see :func:`subject_of`). Where it cannot even be made, that is the one result."""
     subject = subject_of(given, kind=kind, lacks=lacks)
     checks = checks_for(subject.kind)

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan.work.mkdir(parents=True, exist_ok=True)
     plan.out.mkdir(parents=True, exist_ok=True)
     if options.export:
-        export_checkpoint(plan)
+        export_checkpoint(plan, "mmdit")
     else:
         for name in options.only:
             STAGES[name](plan)

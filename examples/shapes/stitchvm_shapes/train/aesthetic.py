@@ -6,7 +6,6 @@ As LAION's: no activations between the layers, dropout in training alone, and th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from ..render import make_split
@@ -83,12 +83,6 @@ def load(folder: Path) -> PredictorNet:
     return net.eval()
 
 
-def spearman(a: Iterable[float], b: Iterable[float]) -> float:
-    """Rank correlation of two series without ties."""
-    first, second = (np.argsort(np.argsort(list(series))) for series in (a, b))
-    return float(np.corrcoef(first, second)[0, 1])
-
-
 @torch.no_grad()
 def evaluate(folder: Path, count: int = 1000, seed: int = 13) -> dict[str, float]:
     """Rank correlation with the formula and with noisy ratings on held-out scenes, and the error in rating points.
@@ -102,8 +96,8 @@ def evaluate(folder: Path, count: int = 1000, seed: int = 13) -> dict[str, float
     clear = np.array([beauty(scene) for scene in scenes])
     noisy = rate(scenes, np.random.default_rng((seed, 5)))
     return {
-        "spearman": spearman(predicted, clear),
-        "spearman_noisy": spearman(predicted, noisy),
-        "spearman_raters": spearman(clear, noisy),
+        "spearman": float(spearmanr(predicted, clear).statistic),
+        "spearman_noisy": float(spearmanr(predicted, noisy).statistic),
+        "spearman_raters": float(spearmanr(clear, noisy).statistic),
         "error": float(np.sqrt(np.mean((predicted - clear) ** 2))),
     }

@@ -66,21 +66,17 @@ def measure_dino(out: Path) -> dict[str, float]:
     return {**dino.evaluate(tower), "parameters": parameters(tower)}
 
 
-def fulfilment(images: torch.Tensor, captions: list[str], judge: Detector) -> dict[str, float]:
-    """Part of `captions` that their generated pictures fulfil, by attribute, whole, and by number of objects."""
-    rates = judge.attributes(images, captions)
+def _asked(pipe: Any, out: Path, **settings: Any) -> dict[str, float]:
+    """Part of held-out captions that a pipeline's pictures fulfil, by attribute, whole, and by number of objects, at
+    the recommended guidance and steps."""
+    captions = held_out(1000).captions[:PROMPTS]
+    images = generate(pipe, captions, GUIDANCE, STEPS, **settings)
+    rates = Detector.load(out / "detector.safetensors").attributes(images, captions)
     numbers = {name: round(float(rate.mean()), 4) for name, rate in rates.items()}
     for n in (1, 2, 3):
         those = [rates["fulfilled"][k] for k, c in enumerate(captions) if len(c.split(" a ")) == n + 1]
         numbers[f"fulfilled_{n}"] = round(float(torch.stack(those).mean()), 4) if those else float("nan")
     return {**numbers, "captions": len(captions)}
-
-
-def _asked(pipe: Any, out: Path, **settings: Any) -> dict[str, float]:
-    """Part of held-out captions that a pipeline's pictures fulfil, at the recommended guidance and steps."""
-    captions = held_out(1000).captions[:PROMPTS]
-    images = generate(pipe, captions, GUIDANCE, STEPS, **settings)
-    return fulfilment(images, captions, Detector.load(out / "detector.safetensors"))
 
 
 def measure_mmdit(out: Path) -> dict[str, float]:
@@ -137,7 +133,7 @@ def measure(plan: Plan, names: Iterable[str]) -> dict[str, Any]:
             report[name] = {**model.measure(plan.out), **training}
         elif name in before:
             report[name] = before[name]
-    return report | {name: before[name] for name in before if name not in MODELS}
+    return report
 
 
 def training_of(log: Path, before: dict[str, Any]) -> dict[str, Any]:
