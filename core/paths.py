@@ -43,13 +43,15 @@ def spread(level: Tensor, like: Tensor) -> Tensor:
 @attrs.frozen(eq=False)
 class Prediction:
     """What a denoiser says about one batch: ``z0`` and ``eps`` estimates ``[B, C, H, W]`` at ``latents``, ``sigma
-    [B]``."""
+    [B]``; under classifier-free guidance also the ``contrast`` that it scaled, the noise estimate with the prompt less
+    that without."""
 
     path: Path
     latents: Tensor
     sigma: Tensor
     z0: Tensor
     eps: Tensor
+    contrast: Tensor | None = None
 
     @property
     def score(self) -> Tensor:
@@ -61,11 +63,35 @@ class Prediction:
         """``dz / dsigma`` along the probability-flow ODE."""
         return spread(self.path.alpha_slope(self.sigma), self.z0) * self.z0 + self.eps
 
+    def guided(self, gradient: Tensor) -> Prediction:
+        """The prediction of a sampler whose score is ``score + gradient`` (``gradient [B, C, H, W]``): guidance, once
+        for every kernel.
+
+        ``eps - sigma gradient`` and ``z0 + (sigma^2 / alpha) gradient``. Where ``alpha`` is 0 the latent says nothing
+        of the clean one, so that no value has a gradient: there the prediction stays as it is.
+        """
+        level = spread(self.sigma, self.z0)
+        alpha = self.path.alpha(level)
+        noise = alpha == 0
+        gradient = gradient.masked_fill(noise, 0)
+        z0 = self.z0 + level**2 / alpha.masked_fill(noise, 1) * gradient
+        return attrs.evolve(self, z0=z0, eps=self.eps - level * gradient)
+
+    def on(self, path: Path) -> Prediction:
+        """The same prediction on another path: at the level of the same signal-to-noise ratio, ``z0`` and ``eps`` as
+        they are, ``latents`` and ``sigma`` in float64 (see :meth:`Path.convert`)."""
+        sigma, scale = self.path.convert(self.sigma, path)
+        return attrs.evolve(self, path=path, latents=spread(scale, self.latents) * self.latents, sigma=sigma)
+
+    def detach(self) -> Prediction:
+        """The same numbers without their graph."""
+        contrast = None if self.contrast is None else self.contrast.detach()
+        return Prediction(self.path, self.latents.detach(), self.sigma, self.z0.detach(), self.eps.detach(), contrast)
+
     def index(self, rows: Tensor | slice) -> Prediction:
         """The chosen samples."""
-        return attrs.evolve(
-            self, latents=self.latents[rows], sigma=self.sigma[rows], z0=self.z0[rows], eps=self.eps[rows]
-        )
+        contrast = None if self.contrast is None else self.contrast[rows]
+        return Prediction(self.path, self.latents[rows], self.sigma[rows], self.z0[rows], self.eps[rows], contrast)
 
 
 class Path(ABC):
@@ -80,6 +106,22 @@ class Path(ABC):
     @abstractmethod
     def alpha_slope(self, sigma: Tensor) -> Tensor:
         """``d alpha / d sigma``."""
+
+    @abstractmethod
+    def sigma_at(self, ratio: Tensor) -> Tensor:
+        """The noise level where ``alpha / sigma`` is ``ratio``, in [0, inf]."""
+
+    def convert(self, sigma: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+        """The level on ``path`` of the same ratio ``alpha / sigma``, and what to multiply latents of this path by to
+        have them there. Finite at both ends.
+
+        Both in float64: variance preserving levels crowd below 1, where float32 has too few numbers for ``alpha``.
+        """
+        sigma = sigma.double()
+        alpha = self.alpha(sigma)
+        level = path.sigma_at(alpha / sigma)
+        # alpha and sigma share one scale; their sum, unlike either, is never 0.
+        return level, (path.alpha(level) + level) / (alpha + sigma)
 
     def add_noise(self, z0: Tensor, eps: Tensor, sigma: float | Tensor) -> Tensor:
         """``alpha z0 + sigma eps`` in float32 or better; ``sigma`` a number or ``[B]``."""
@@ -116,6 +158,9 @@ class FlowPath(Path):
     def alpha_slope(self, sigma: Tensor) -> Tensor:
         return -torch.ones_like(sigma)
 
+    def sigma_at(self, ratio: Tensor) -> Tensor:
+        return 1 / (1 + ratio)
+
 
 class VariancePreservingPath(Path):
     """Variance preserving (SD 1.5, SDXL): ``sigma = sqrt(1 - alpha_bar)``."""
@@ -127,3 +172,6 @@ class VariancePreservingPath(Path):
 
     def alpha_slope(self, sigma: Tensor) -> Tensor:
         return -sigma / self.alpha(sigma)
+
+    def sigma_at(self, ratio: Tensor) -> Tensor:
+        return 1 / (1 + ratio.square()).sqrt()
