@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import math
+from collections.abc import Iterable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import attrs
 import torch
 from torch import Tensor
 
 from .conditions import Condition
+from .errors import ConfigError
 from .joint import AnyReward
 from .paths import Prediction, as_sigma
 from .sampling import Denoiser
@@ -38,6 +41,9 @@ class Estimator(Protocol):
 
     ``prediction`` is the denoiser's at exactly these latents and noise level, when the caller already has it; an
     estimator that needs one computes it otherwise.
+
+    An estimator that reads the denoiser's prediction says so by an attribute ``through_denoiser = True`` (one without
+    it does not): its gradient needs a ``prediction`` that still has its graph, or none.
     """
 
     def __call__(
@@ -64,6 +70,8 @@ class Tweedie:
     """The reward of the decoded posterior mean, ``r(D(E[z0 | z_t]))``: needs the denoiser and the decoder, biased by
     Jensen."""
 
+    through_denoiser: ClassVar[bool] = True
+
     reward: AnyReward
 
     def __call__(
@@ -73,6 +81,55 @@ class Tweedie:
         z0 = latents if bool((level == 0).all()) else (prediction or context.denoiser(latents, level)).z0
         images = context.denoiser.backbone.decode_latents(z0)
         return self.reward.rate(images, context.reward_condition)
+
+
+def _listed(estimators: Iterable[Estimator]) -> tuple[Estimator, ...]:
+    return tuple(estimators)
+
+
+def _finite(weights: Iterable[float]) -> tuple[float, ...]:
+    found = tuple(float(weight) for weight in weights)
+    if not all(math.isfinite(weight) for weight in found):
+        raise ConfigError(f"Sum: weights are {list(found)}; give finite numbers.")
+    return found
+
+
+@attrs.frozen(eq=False)
+class Sum:
+    """``sum_k weights_k V_k``: several estimators of the same latents as one, such as a stitched value and a Tweedie.
+
+    Parts that read the denoiser share one prediction. Raises :class:`ConfigError` for no estimators, another number of
+    weights, or a weight that is not finite.
+    """
+
+    estimators: tuple[Estimator, ...] = attrs.field(converter=_listed)
+    weights: tuple[float, ...] = attrs.field(converter=_finite)
+
+    def __attrs_post_init__(self) -> None:
+        if not self.estimators:
+            raise ConfigError("Sum: no estimators were given; name at least one.")
+        if len(self.weights) != len(self.estimators):
+            raise ConfigError(
+                f"Sum: {len(self.estimators)} estimators but {len(self.weights)} weights; give one an estimator, in "
+                "their order."
+            )
+
+    @property
+    def through_denoiser(self) -> bool:
+        """Whether any part reads the denoiser's prediction."""
+        return self._readers() > 0
+
+    def _readers(self) -> int:
+        return sum(bool(getattr(estimator, "through_denoiser", False)) for estimator in self.estimators)
+
+    def __call__(
+        self, latents: Tensor, sigma: Tensor, context: Prompted, prediction: Prediction | None = None
+    ) -> Tensor:
+        level = as_sigma(sigma, latents)
+        if prediction is None and self._readers() > 1 and bool((level > 0).any()):
+            prediction = context.denoiser(latents, level)
+        terms = zip(self.weights, self.estimators, strict=True)
+        return torch.stack([weight * part(latents, level, context, prediction) for weight, part in terms]).sum(0)
 
 
 @torch.no_grad()

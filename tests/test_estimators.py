@@ -6,9 +6,23 @@ import pytest
 import torch
 
 from analytic import GaussianBackbone, LinearReward, QuadraticReward, exact_stitched
-from stitchvm.core import Condition, CostMeter, Denoiser, Prompted, Stitched, Tweedie, clean_reward
+from stitchvm.core import (
+    Condition,
+    ConfigError,
+    CostMeter,
+    Denoiser,
+    FlowPath,
+    MonteCarlo,
+    Prompted,
+    Stitched,
+    Sum,
+    Tweedie,
+    VariancePreservingPath,
+    clean_reward,
+)
 
 SIGMAS = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+PATHS = [FlowPath(), VariancePreservingPath()]
 
 
 def context(backbone, samples, guidance_scale=1.0):
@@ -22,19 +36,30 @@ def noisy(backbone, sigma, samples=64):
     return backbone.path.add_noise(clean, torch.randn(clean.shape, generator=generator), sigma)
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_tweedie_is_exact_for_a_linear_reward(sigma):
-    backbone, reward = GaussianBackbone(), LinearReward()
+def levels(path):
+    """``SIGMAS`` that the path's clean latent can be read from."""
+    return SIGMAS if path.name == "flow" else SIGMAS[:-1]
+
+
+ON_PATHS = pytest.mark.parametrize(
+    ("path", "sigma"),
+    [pytest.param(path, sigma, id=f"{path.name}-{sigma}") for path in PATHS for sigma in levels(path)],
+)
+
+
+@ON_PATHS
+def test_tweedie_is_exact_for_a_linear_reward(path, sigma):
+    backbone, reward = GaussianBackbone(path=path), LinearReward()
     latents = noisy(backbone, sigma)
     value = Tweedie(reward)(latents, torch.tensor(sigma), context(backbone, 64))
     assert value.std() > 1e-3 or sigma == 1
     assert torch.allclose(value, reward.expectation(*backbone.posterior(latents, sigma)), atol=2e-5)
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_tweedie_is_too_high_for_a_concave_reward_by_the_posterior_variance(sigma):
+@ON_PATHS
+def test_tweedie_is_too_high_for_a_concave_reward_by_the_posterior_variance(path, sigma):
     """Jensen: ``r(E[z0]) - E[r(z0)] = scale C Var[z0 | z_t]`` for ``r = -scale |z0 - centre|^2``."""
-    backbone, reward = GaussianBackbone(), QuadraticReward(scale=1.5)
+    backbone, reward = GaussianBackbone(path=path), QuadraticReward(scale=1.5)
     latents = noisy(backbone, sigma)
     _, variance = backbone.posterior(latents, sigma)
     value = Tweedie(reward)(latents, torch.tensor(sigma), context(backbone, 64))
@@ -114,3 +139,61 @@ def test_a_prompted_value_reads_what_the_sampler_was_asked_for(prompted):
     read = Stitched(value)(latents, torch.tensor(0.5), Prompted(asked, Condition()))
     truth = reward.expectation(*backbone.posterior(latents, 0.5, 2.0 if prompted else 0.0))
     assert torch.allclose(read, truth, atol=2e-5)
+
+
+# -- sums
+
+
+def test_a_sum_is_linear_in_its_parts():
+    backbone, linear, quadratic = GaussianBackbone(), LinearReward(), QuadraticReward()
+    latents, sigma, where = noisy(backbone, 0.5).requires_grad_(), torch.tensor(0.5), context(backbone, 64)
+    parts = (Stitched(exact_stitched(backbone, linear)), Tweedie(quadratic), MonteCarlo(linear, 2, 3))
+    weights = (2.0, -0.5, 0.25)
+    values = [part(latents, sigma, where) for part in parts]
+    value = Sum(parts, weights)(latents, sigma, where)
+    assert torch.allclose(value, sum(w * v for w, v in zip(weights, values, strict=True)), atol=1e-6)
+    gradients = [torch.autograd.grad(v.sum(), latents)[0] for v in (*values, value)]
+    expected = sum(w * g for w, g in zip(weights, gradients[:3], strict=True))
+    assert torch.allclose(gradients[3], expected, atol=1e-6)
+
+
+def test_a_sum_of_one_is_that_estimator_times_its_weight():
+    backbone = GaussianBackbone()
+    part, arguments = Tweedie(LinearReward()), (noisy(backbone, 0.5), torch.tensor(0.5), context(backbone, 64))
+    assert torch.equal(Sum([part], [-2])(*arguments), -2 * part(*arguments))
+
+
+def test_the_parts_of_a_sum_share_one_prediction():
+    backbone, reward = GaussianBackbone(), LinearReward()
+    latents, sigma, where = noisy(backbone, 0.5), torch.tensor(0.5), context(backbone, 64)
+    prediction = where.denoiser(latents, sigma)
+    stitched, tweedie = Stitched(exact_stitched(backbone, reward)), Tweedie(reward)
+    cases = [
+        ((stitched, tweedie, tweedie), None, 0.5, {"head": 64, "tail": 64, "denoiser": 64}),
+        ((stitched, tweedie), prediction, 0.5, {"head": 64, "tail": 64}),
+        ((tweedie, tweedie), prediction, 0.5, {}),
+        ((tweedie, tweedie), None, 0.0, {}),
+    ]
+    for parts, known, level, expected in cases:
+        judged = 64 * parts.count(tweedie)
+        with CostMeter() as cost:
+            Sum(parts, [1.0] * len(parts))(latents, torch.tensor(level), where, known)
+        assert dict(cost.passes) == {**expected, "decoder": judged, "reward": judged}
+
+
+def test_an_estimator_says_whether_it_reads_the_denoiser():
+    backbone, reward = GaussianBackbone(), LinearReward()
+    stitched, tweedie = Stitched(exact_stitched(backbone, reward)), Tweedie(reward)
+    assert tweedie.through_denoiser
+    assert not getattr(stitched, "through_denoiser", False)
+    assert not Sum([stitched, stitched], [1, 1]).through_denoiser
+    assert Sum([stitched, Sum([tweedie], [1])], [1, 1]).through_denoiser
+
+
+@pytest.mark.parametrize(
+    ("count", "weights", "message"),
+    [(0, [], "no estimators"), (2, [1.0], "2 estimators but 1 weights"), (1, [float("nan")], "finite")],
+)
+def test_a_sum_that_does_not_fit_is_refused(count, weights, message):
+    with pytest.raises(ConfigError, match=message):
+        Sum([Tweedie(LinearReward())] * count, weights)
