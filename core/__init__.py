@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .alignment import AlignResult, align
     from .backbone import Backbone, NoisyLatent
+    from .callbacks import GuidanceCallback, ResamplingCallback
     from .conditions import Condition, concatenate
     from .costs import CostMeter, count
     from .datasets import Captioned, CaptionedDataset, PreferenceDataset, Preferences, Rated, RatedDataset
+    from .diagnosis import Diagnosis, diagnose
     from .discovery import PluginFailure
     from .errors import (
         ArtefactError,
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
         UnknownNameError,
         WeightsError,
     )
-    from .estimators import Estimator, Prompted, Stitched, Tweedie, clean_reward
+    from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
     from .evaluation import evaluate
     from .hookspecs import hookimpl
     from .joint import JointReward
-    from .kernels import KERNELS, Ancestral, Kernel, Ode, Sde, Transition
+    from .kernels import KERNELS, Ancestral, Cps, Kernel, Ode, OnPath, Sde, Transition
     from .loading import (
         BackboneFamily,
         RewardFamily,
@@ -49,26 +51,34 @@ if TYPE_CHECKING:
         name_of,
         resolve_source,
     )
-    from .particles import RESAMPLERS, Aligner, AlignProblem, Particles, Resampling, effective_sample_size
+    from .monte_carlo import MonteCarlo
+    from .particles import Particles, Resampling
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
     from .planning import Plan, plan
+    from .problem import Aligner, AlignProblem, Look
     from .ranking import Ranking, rank_seeds
     from .records import SPEC_VERSION, AlignerRecord, BackboneRecord, DatasetRecord, Family, Hint, RewardRecord, Source
     from .registries import Registry, pairs, registry
+    from .resampling import RESAMPLERS, effective_sample_size
     from .reward import Reward, RewardOutput, Tail
     from .sampling import Denoiser, sample, seeded_noise
     from .searching import JointSearch, SearchResult, search, search_jointly
     from .slicing import LATENT, FeatureInfo, Head, Sliced, State
+    from .steering import steer
     from .stitching import stitch
+    from .swarm import Swarm
     from .value import StitchedValue
+    from .windows import StepUnit, Window, steps_at, steps_within
 
 # No sub-module may bear the name of a public attribute: importing it would put the module in the attribute's place.
 _PUBLIC = {
     "alignment": ("AlignResult", "align"),
     "backbone": ("Backbone", "NoisyLatent"),
+    "callbacks": ("GuidanceCallback", "ResamplingCallback"),
     "conditions": ("Condition", "concatenate"),
     "costs": ("CostMeter", "count"),
     "datasets": ("Captioned", "CaptionedDataset", "PreferenceDataset", "Preferences", "Rated", "RatedDataset"),
+    "diagnosis": ("Diagnosis", "diagnose"),
     "discovery": ("PluginFailure",),
     "errors": (
         "ArtefactError",
@@ -85,11 +95,11 @@ _PUBLIC = {
         "UnknownNameError",
         "WeightsError",
     ),
-    "estimators": ("Estimator", "Prompted", "Stitched", "Tweedie", "clean_reward"),
+    "estimators": ("Estimator", "Prompted", "Stitched", "Sum", "Tweedie", "clean_reward"),
     "evaluation": ("evaluate",),
     "hookspecs": ("hookimpl",),
     "joint": ("JointReward",),
-    "kernels": ("KERNELS", "Ancestral", "Kernel", "Ode", "Sde", "Transition"),
+    "kernels": ("KERNELS", "Ancestral", "Cps", "Kernel", "Ode", "OnPath", "Sde", "Transition"),
     "loading": (
         "BackboneFamily",
         "RewardFamily",
@@ -103,9 +113,11 @@ _PUBLIC = {
         "name_of",
         "resolve_source",
     ),
-    "particles": ("RESAMPLERS", "AlignProblem", "Aligner", "Particles", "Resampling", "effective_sample_size"),
+    "monte_carlo": ("MonteCarlo",),
+    "particles": ("Particles", "Resampling"),
     "paths": ("FlowPath", "Path", "Prediction", "PredictionKind", "VariancePreservingPath", "as_sigma", "spread"),
     "planning": ("Plan", "plan"),
+    "problem": ("AlignProblem", "Aligner", "Look"),
     "ranking": ("Ranking", "rank_seeds"),
     "records": (
         "SPEC_VERSION",
@@ -118,12 +130,16 @@ _PUBLIC = {
         "Source",
     ),
     "registries": ("Registry", "pairs", "registry"),
+    "resampling": ("RESAMPLERS", "effective_sample_size"),
     "reward": ("Reward", "RewardOutput", "Tail"),
     "sampling": ("Denoiser", "sample", "seeded_noise"),
     "searching": ("JointSearch", "SearchResult", "search", "search_jointly"),
     "slicing": ("LATENT", "FeatureInfo", "Head", "Sliced", "State"),
+    "steering": ("steer",),
     "stitching": ("stitch",),
+    "swarm": ("Swarm",),
     "value": ("StitchedValue",),
+    "windows": ("StepUnit", "Window", "steps_at", "steps_within"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -146,22 +162,28 @@ __all__ = [
     "Condition",
     "ConfigError",
     "CostMeter",
+    "Cps",
     "DataError",
     "DatasetRecord",
     "Denoiser",
+    "Diagnosis",
     "Estimator",
     "Family",
     "FeatureInfo",
     "FlowPath",
+    "GuidanceCallback",
     "Head",
     "Hint",
     "JointReward",
     "JointSearch",
     "Kernel",
+    "Look",
+    "MonteCarlo",
     "NoiseLevelError",
     "NoisyLatent",
     "NonFiniteError",
     "Ode",
+    "OnPath",
     "OutputError",
     "Particles",
     "Path",
@@ -179,6 +201,7 @@ __all__ = [
     "RatedDataset",
     "Registry",
     "Resampling",
+    "ResamplingCallback",
     "Reward",
     "RewardFamily",
     "RewardOutput",
@@ -190,15 +213,19 @@ __all__ = [
     "Source",
     "SpecVersionError",
     "State",
+    "StepUnit",
     "StitchError",
     "Stitched",
     "StitchedValue",
+    "Sum",
+    "Swarm",
     "Tail",
     "Transition",
     "Tweedie",
     "UnknownNameError",
     "VariancePreservingPath",
     "WeightsError",
+    "Window",
     "align",
     "as_sigma",
     "backbone_from",
@@ -207,6 +234,7 @@ __all__ = [
     "clean_reward",
     "concatenate",
     "count",
+    "diagnose",
     "effective_sample_size",
     "evaluate",
     "hookimpl",
@@ -225,6 +253,9 @@ __all__ = [
     "search_jointly",
     "seeded_noise",
     "spread",
+    "steer",
+    "steps_at",
+    "steps_within",
     "stitch",
 ]
 

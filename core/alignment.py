@@ -17,16 +17,19 @@ from .backbone import Backbone
 from .conditions import Condition
 from .costs import CostMeter
 from .errors import ConfigError
-from .estimators import Estimator, Prompted, Stitched, Tweedie, clean_reward
+from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
 from .joint import AnyReward, load_judge
 from .loading import load_aligner, load_backbone, name_of
-from .particles import Aligner, AlignProblem, initial_noise, step_generators
+from .monte_carlo import MonteCarlo
+from .particles import initial_noise, step_generators
+from .problem import Aligner, AlignProblem, BegunPasses
 from .provenance import model_identity, weights_digest
 from .sampling import Denoiser
 from .structuring import plain, structure
 from .value import StitchedValue
 
 Value = StitchedValue | Estimator | str | Path | None
+Size = int | tuple[int, int]
 
 
 def align(
@@ -39,22 +42,26 @@ def align(
     proposals: int = 1,
     seed: int = 0,
     steps: int = 28,
-    guidance_scale: float = 3.0,
-    resolution: int | None = None,
+    guidance_scale: float | None = None,
+    resolution: int | tuple[int, int] | None = None,
     reward: str | AnyReward | None = None,
     batch: int = 64,
+    reuse: bool = True,
     out: str | Path | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> AlignResult:
     """Sample ``prompts`` with a method that seeks a high reward.
 
-    ``method``: a registered name (``sample``, ``best-of-n``, ``fk-steering``) with its own ``settings`` as further
-    keywords, or a ready object. ``value``: what steers it, a stitched value model (or the folder of one),
-    ``"tweedie"``, any estimator, or None for a method that needs none. ``reward``: what picks each prompt's best
-    particle, the value's own by default. ``particles`` a prompt (default: the method's), ``proposals`` a particle
-    where the method draws them. ``batch`` bounds the samples of one network pass and changes nothing else.
-    ``resolution`` in pixels, the backbone's own by default.
+    ``method``: a registered name (``sample``, ``best-of-n``, ``fk-steering``, ``dps`` ..) with its own ``settings`` as
+    further keywords, or a ready object. ``value``: what steers it, a stitched value model (or the folder of one),
+    ``"tweedie"`` or ``"monte-carlo"`` (with ``reward``), any estimator, or None for a method that needs none.
+    ``reward``: what picks each prompt's best particle, the value's own by default. ``guidance_scale`` of
+    classifier-free guidance: 3, or 1 for a backbone whose own embedded guidance needs no second pass. ``particles`` a
+    prompt (default: the method's), ``proposals`` a particle where the method draws them. ``batch`` bounds the samples
+    of one network pass and changes nothing else. ``reuse``: a denoising step finishes the pass that the value model's
+    head has begun at the same latent, if any. ``resolution`` in pixels, one number or height and width; the backbone's
+    own by default.
 
     Particle ``n`` of a prompt starts from the same noise under every method with the same ``seed``, so gains can be
     paired. With ``out`` every finished prompt is kept there, a rerun with the same settings continues, and the result
@@ -71,7 +78,8 @@ def align(
         name=method if isinstance(method, str) else type(method).__name__, method=aligner, backbone=network,
         estimator=estimator, reward=judge, prompts=_checked_prompts(prompts),
         particles=aligner.default_particles if particles is None else particles, seed=seed, steps=steps,
-        guidance_scale=guidance_scale, batch=batch,
+        guidance_scale=default_guidance(network) if guidance_scale is None else guidance_scale, batch=batch,
+        reuse=reuse,
         resolution=network.native_resolution if resolution is None else resolution,
     )  # fmt: skip
     result = job.run(PartStore.open(out, job.settings()), progress)
@@ -80,13 +88,21 @@ def align(
     return result
 
 
+_NAMED: dict[str, Callable[[AnyReward], Estimator]] = {"tweedie": Tweedie, "monte-carlo": MonteCarlo}
+"""Estimators that need nothing but the reward, by what ``value`` may be instead of a folder."""
+
 _AT_LEAST_ONE = attrs.validators.ge(1)
 
 
-def _divisible(job: _Job, attribute: attrs.Attribute[int], resolution: int) -> None:
-    factor = job.backbone.latent_factor
-    if resolution < factor or resolution % factor:
-        raise ConfigError(f"resolution is {resolution} pixels; {name_of(job.backbone)} needs a multiple of {factor}.")
+def _divisible(job: _Job, attribute: attrs.Attribute[Size], resolution: Size) -> None:
+    factor, sides = job.backbone.latent_factor, _sides(resolution)
+    if len(sides) != 2 or any(side < factor or side % factor for side in sides):
+        shown = " x ".join(map(str, sides)) if sides[1:] != sides[:1] else sides[0]
+        raise ConfigError(f"resolution is {shown} pixels; {name_of(job.backbone)} needs multiples of {factor}.")
+
+
+def _sides(resolution: Size) -> tuple[int, ...]:
+    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
 
 
 def _named_faults(job_class: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
@@ -118,18 +134,23 @@ class _Job:
     seed: int = attrs.field(validator=attrs.validators.ge(0))
     steps: int = attrs.field(validator=_AT_LEAST_ONE)
     guidance_scale: float = attrs.field(validator=attrs.validators.ge(0))
-    resolution: int = attrs.field(validator=_divisible)
+    resolution: Size = attrs.field(validator=_divisible)
     batch: int = attrs.field(validator=_AT_LEAST_ONE)
+    reuse: bool = True
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, JSON-able: what a run to be continued must share."""
         digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()[:16]
         settings = {
-            "method": self.name, "method_settings": plain(self.method), "estimator": _identity(self.estimator),
-            "backbone": {**model_identity(self.backbone), "weights": weights_digest(self.backbone.net)},
+            "method": self.name, "method_settings": plain(self.method), "estimator": estimator_identity(self.estimator),
+            "backbone": {
+                **model_identity(self.backbone), "weights": weights_digest(self.backbone.net),
+                **({} if self.backbone.guidance is None else {"guidance": self.backbone.guidance}),
+            },
             "reward": {**model_identity(self.reward), "weights": weights_digest(self.reward.net)},
             "particles": self.particles, "seed": self.seed, "steps": self.steps,
-            "guidance_scale": float(self.guidance_scale), "resolution": self.resolution, "prompts": digest,
+            "guidance_scale": float(self.guidance_scale), "reuse": self.reuse, "resolution": self.resolution,
+            "prompts": digest,
         }  # fmt: skip
         # As it will be when read back: tuples become lists.
         return dict(json.loads(json.dumps(settings, default=repr)))
@@ -153,8 +174,8 @@ class _Job:
 
     def _problem(self, numbers: list[int], null: Condition, advance: Callable[[float], object]) -> AlignProblem:
         device, prompts = self.backbone.device, [self.prompts[number] for number in numbers]
-        side = self.resolution // self.backbone.latent_factor
-        shape = (self.backbone.latent_channels, side, side)
+        height, width = (side // self.backbone.latent_factor for side in _sides(self.resolution))
+        shape = (self.backbone.latent_channels, height, width)
         condition = self.backbone.encode_prompts(prompts).to(device)
         denoiser = Denoiser(self.backbone, condition, null.to(device), self.guidance_scale)
         context = Prompted(denoiser, reward_condition(self.reward, prompts).to(device))
@@ -164,8 +185,9 @@ class _Job:
 
         return AlignProblem(
             context, initial_noise(self.seed, numbers, self.particles, shape).to(device),
-            self.backbone.sigmas(self.steps, (side, side)).to(device), self.estimator, judge,
+            self.backbone.sigmas(self.steps, (height, width)).to(device), self.estimator, judge,
             step_generators(self.seed, numbers), self.batch, lambda share: advance(share * len(numbers)),
+            BegunPasses(self.reuse),
         )  # fmt: skip
 
 
@@ -205,9 +227,10 @@ def _resolve_value(
 ) -> tuple[Estimator | None, AnyReward]:
     """The estimator, and the clean reward: the value's own unless given."""
     given = None if reward is None else load_judge(reward, backbone.device)
-    if isinstance(value, (str, Path)) and value != "tweedie":
+    named = _NAMED.get(value) if isinstance(value, str) else None
+    if isinstance(value, (str, Path)) and named is None:
         value = StitchedValue.from_pretrained(value, backbone=backbone, device=backbone.device)
-    estimator: Any = Stitched(value) if isinstance(value, StitchedValue) else value
+    estimator: Any = Stitched(value) if isinstance(value, StitchedValue) else None if named else value
     own = _own_reward(estimator)
     if given is None and own is None:
         raise ConfigError("no reward to choose the best sample by; pass reward=, a name from 'stitchvm list'.")
@@ -218,19 +241,44 @@ def _resolve_value(
         )
     final = given if given is not None else own
     assert final is not None
-    return (Tweedie(final) if estimator == "tweedie" else estimator), final
+    return (named(final) if named else estimator), final
+
+
+def default_guidance(backbone: Backbone) -> float:
+    """The scale of classifier-free guidance where none is asked for: 1 for a network distilled to need none."""
+    return 3.0 if backbone.guided_passes > 1 else 1.0
 
 
 def _own_reward(estimator: Any) -> AnyReward | None:
-    if isinstance(estimator, Tweedie):
-        return estimator.reward
-    return estimator.value.objective() if isinstance(estimator, Stitched) else None
+    """What an estimator estimates; of a sum, what all its parts do."""
+    if isinstance(estimator, Stitched):
+        return estimator.value.objective()
+    if isinstance(estimator, Sum):
+        rewards = [_own_reward(part) for part in estimator.estimators]
+        known = [reward for reward in rewards if reward is not None]
+        same = len(known) == len(rewards) and len({name_of(reward) for reward in known}) == 1
+        return known[0] if same else None
+    reward: AnyReward | None = getattr(estimator, "reward", None)
+    return reward
 
 
-def _identity(estimator: Estimator | None) -> Any:
+def estimator_identity(estimator: Estimator | None) -> Any:
     """JSON-able; two stitched values of the same name differ when their weights do."""
-    if not isinstance(estimator, Stitched):
-        return None if estimator is None else type(estimator).__name__
-    value = estimator.value
-    cuts = attrs.asdict(value.interface())
-    return {"name": "Stitched", "rewards": list(value.names), **cuts, "weights": weights_digest(value.branches)}
+    if estimator is None:
+        return None
+    if isinstance(estimator, Stitched):
+        value = estimator.value
+        cuts = attrs.asdict(value.interface())
+        return {"name": "Stitched", "rewards": list(value.names), **cuts, "weights": weights_digest(value.branches)}
+    if isinstance(estimator, Sum):
+        return {
+            "name": "Sum",
+            "weights": list(estimator.weights),
+            "of": [estimator_identity(e) for e in estimator.estimators],
+        }
+    kind: Any = type(estimator)
+    if not attrs.has(kind):
+        return kind.__name__
+    fields = {field.name: getattr(estimator, field.name) for field in attrs.fields(kind)}
+    plain_ones = {name: value for name, value in fields.items() if isinstance(value, (bool, int, float, str))}
+    return {"name": kind.__name__, **plain_ones} if plain_ones else kind.__name__

@@ -92,8 +92,9 @@ def _write_png(path: Path, pixels: Tensor) -> None:
 
 def _grid(pixels: Tensor, gap: int = 2) -> Tensor:
     """Images ``[n, 3, H, W]`` side by side on white, as nearly square as it goes."""
-    if pixels.shape[-1] > GRID_SIDE:
-        small = F.interpolate(pixels.float(), size=(GRID_SIDE, GRID_SIDE), mode="bilinear", antialias=True)
+    if (longest := max(pixels.shape[-2:])) > GRID_SIDE:
+        size = [max(1, round(side * GRID_SIDE / longest)) for side in pixels.shape[-2:]]
+        small = F.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True)
         pixels = small.round().byte()
     columns = math.ceil(math.sqrt(len(pixels)))
     rows = math.ceil(len(pixels) / columns)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import attrs
 from torch import Tensor
 
 from .conditions import Condition
 from .costs import count
-from .errors import SliceError
+from .errors import ConfigError, SliceError
 from .paths import Path, Prediction, PredictionKind, as_sigma
+from .reuse import BegunPass
 from .slicing import Sliced
 
 
@@ -31,10 +33,14 @@ class Backbone(Sliced):
     ``Sliced``. The VAE and the text encoders are loaded on first use, so that a head alone never reads them. A stem
     takes a condition of one sample or of as many as there are latents (``condition.tensors_for(batch)``).
     ``guided_passes`` of the network make one guided step: two, with the prompt and without, unless it was distilled to
-    need one.
+    need one; ``guidance`` is the scale that such a network reads beside its time, if it reads one.
+
+    A family that takes loaded ``pipelines`` also says how their latents relate to its own: ``pipeline_sigmas`` and,
+    where they look different, ``from_pipeline_latents`` and ``to_pipeline_latents``, which are linear in the latents.
     """
 
     guided_passes: ClassVar[int] = 2
+    guidance: float | None = None
 
     path: Path
     prediction: PredictionKind
@@ -77,9 +83,54 @@ class Backbone(Sliced):
             )
         return NoisyLatent(latents, as_sigma(sigma, latents))
 
-    def denoise(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Prediction:
-        """One full pass, counted as ``denoiser``, read as a :class:`Prediction`."""
-        x = self.noisy(latents, sigma)
-        count("denoiser", len(latents))
-        output = self.resume(self.head(x, condition.expand(len(latents)), 0), 0)
+    def denoise(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition, begun: BegunPass | None = None
+    ) -> Prediction:
+        """One full pass, counted as ``denoiser``, read as a :class:`Prediction`; counted as ``resumed`` where it only
+        finishes a pass that ``begun`` at the same input."""
+        x, condition = self.noisy(latents, sigma), condition.expand(len(latents))
+        if begun is not None and begun.answers(self, x, condition):
+            count("resumed", len(latents))
+            output = self.resume(begun.state, begun.cut)
+        else:
+            count("denoiser", len(latents))
+            output = self.resume(self.head(x, condition, 0), 0)
         return self.path.interpret(self.prediction, output.to(latents.dtype), x.latents, x.sigma)
+
+    # -- beside a pipeline --------------------------------------------------------------------------------------------
+
+    def at_guidance(self, scale: float) -> tuple[Self, float]:
+        """The backbone and the scale of classifier-free guidance that agree with a pipeline's ``guidance_scale``.
+
+        A distilled network reads ``scale`` itself, if it reads any, and needs no second pass: a copy that shares all
+        tensors, and 1. Other pipelines guide above 1 alone.
+        """
+        if self.guided_passes > 1:
+            return self, max(scale, 1.0)
+        twin = copy.copy(self)
+        if self.guidance is not None:
+            twin.guidance = float(scale)
+        return twin, 1.0
+
+    def pipeline_sigmas(self, pipeline: Any) -> Tensor:
+        """``[steps + 1]`` noise levels of a running call: of the latents before each of its timesteps, and after the
+        last.
+
+        A level that comes twice in a row ends a step which the scheduler then takes again (PNDM). Raises
+        :class:`ConfigError` for a scheduler whose latents are not on this path.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot read the noise levels of a {type(pipeline).__name__}.")
+
+    def from_pipeline_latents(
+        self, pipeline: Any, latents: Tensor, sigma: float, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The latents ``[B, C, h, w]`` at ``sigma`` that a pipeline's loop holds as ``latents``, differentiable.
+
+        ``size`` is the image's height and width in pixels, None for the pipeline's own default. Raises
+        :class:`ConfigError` for latents that are not of this size.
+        """
+        return latents
+
+    def to_pipeline_latents(self, pipeline: Any, latents: Tensor, sigma: float) -> Tensor:
+        """The inverse of :meth:`from_pipeline_latents`."""
+        return latents

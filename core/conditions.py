@@ -54,6 +54,12 @@ class Condition:
         """The chosen samples."""
         return Condition({name: t[rows] for name, t in self.tensors.items()})
 
+    def equals(self, other: Condition) -> bool:
+        """The same names with the same numbers."""
+        return set(self.tensors) == set(other.tensors) and all(
+            torch.equal(tensor, other[name]) for name, tensor in self.tensors.items()
+        )
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
         """On a device; floating tensors in ``dtype``."""
         return Condition({n: t.to(device, dtype if t.is_floating_point() else None) for n, t in self.tensors.items()})

@@ -17,8 +17,10 @@ from typing import Self
 
 import attrs
 
-KINDS = ("denoiser", "decoder", "encoder", "reward", "head", "tail")
-"""The kinds of forward pass; one unit is one sample through one network (CFG is two denoiser passes a sample)."""
+KINDS = ("denoiser", "resumed", "decoder", "encoder", "reward", "head", "tail")
+"""The kinds of forward pass; one unit is one sample through one network (CFG is two denoiser passes a sample).
+
+``resumed`` is a denoiser pass whose first blocks a value model's head had run already."""
 
 _open_meters: ContextVar[tuple[CostMeter, ...]] = ContextVar("open_meters", default=())
 

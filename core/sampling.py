@@ -14,34 +14,41 @@ from .conditions import Condition, concatenate
 from .errors import NonFiniteError
 from .kernels import Kernel, Ode
 from .paths import Prediction, as_sigma
+from .reuse import BegunPass
 
 
 @attrs.frozen(eq=False)
 class Denoiser:
     """A backbone under a prompt: ``guided = uncond + guidance_scale (cond - uncond)`` on the network's output.
 
-    ``condition`` holds one sample a latent. A ``guidance_scale`` of 1 runs the conditional pass alone.
+    ``condition`` holds one sample a latent. A ``guidance_scale`` of 1 runs the conditional pass alone; otherwise both
+    branches are one batch, or two one after the other when ``split`` or when one of them has begun already.
     """
 
     backbone: Backbone
     condition: Condition
     null: Condition
     guidance_scale: float = 1.0
+    split: bool = False
 
-    def __call__(self, latents: Tensor, sigma: float | Tensor) -> Prediction:
-        """The (guided) prediction for latents ``[B, C, h, w]`` at ``sigma``."""
-        level = as_sigma(sigma, latents)
+    def __call__(self, latents: Tensor, sigma: float | Tensor, begun: BegunPass | None = None) -> Prediction:
+        """The (guided) prediction for latents ``[B, C, h, w]`` at ``sigma``; a pass that has ``begun`` at them is
+        finished, not run again."""
+        level, batch = as_sigma(sigma, latents), len(latents)
         if self.guidance_scale == 1:
-            return self.backbone.denoise(latents, level, self.condition)
-        both = concatenate([self.null.expand(len(latents)), self.condition.expand(len(latents))])
-        pair = self.backbone.denoise(latents.repeat(2, 1, 1, 1), level.repeat(2), both)
-        (z0_null, z0), (eps_null, eps) = pair.z0.chunk(2), pair.eps.chunk(2)
-        scale = self.guidance_scale
-        # the level that the backbone read, which may be its largest one for a higher one asked
-        level = pair.sigma[: len(latents)]
-        return Prediction(
-            pair.path, latents, level, z0_null + scale * (z0 - z0_null), eps_null + scale * (eps - eps_null)
+            return self.backbone.denoise(latents, level, self.condition, begun)
+        null, condition = self.null.expand(batch), self.condition.expand(batch)
+        if self.split or begun is not None:
+            without, prompted = (self.backbone.denoise(latents, level, c, begun) for c in (null, condition))
+        else:
+            pair = self.backbone.denoise(latents.repeat(2, 1, 1, 1), level.repeat(2), concatenate([null, condition]))
+            without, prompted = pair.index(slice(batch)), pair.index(slice(batch, None))
+        z0, eps = (
+            getattr(without, name) + self.guidance_scale * (getattr(prompted, name) - getattr(without, name))
+            for name in ("z0", "eps")
         )
+        # The level is the one that the backbone read, which may be its largest one for a higher one asked.
+        return attrs.evolve(prompted, latents=latents, z0=z0, eps=eps, contrast=prompted.eps - without.eps)
 
     def index(self, rows: Tensor | slice) -> Denoiser:
         """The denoiser of the chosen samples."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
 import attrs
@@ -23,7 +23,7 @@ LATENT = -1
 """The cut before the stem: the network's own input as a feature grid (the VAE-stitching baseline)."""
 
 State = Any
-"""A family's running state between two blocks; opaque to generic code."""
+"""A family's running state between two blocks; generic code sees it through ``grid`` and ``map_state`` alone."""
 
 
 @attrs.frozen
@@ -54,6 +54,8 @@ class Sliced(nn.Module, ABC):
     """
 
     enter_modules: ClassVar[tuple[str, ...]] = ()
+    unbatched_state: ClassVar[tuple[str, ...]] = ()
+    """Fields of the family's state whose tensors have no batch dimension."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -152,6 +154,35 @@ class Sliced(nn.Module, ABC):
         """Finish the pass that ``head(x, condition, cut)`` began, for ``cut >= 0``."""
         self.check_cut(cut, lowest=0)
         return self.exit(self.run(state, cut, self.depth))
+
+    def map_state(self, change: Callable[..., Tensor], *states: State) -> State:
+        """The state whose batched tensors are ``change(*tensors)`` of those of ``states``.
+
+        A state is a tensor, or an attrs class, tuple or dictionary of tensors, None and plain numbers; what is no
+        tensor, and the fields in ``unbatched_state``, come from the first. A family with another kind of state
+        overrides this. Raises :class:`SliceError` for one that has not.
+        """
+        first = states[0]
+        if isinstance(first, Tensor):
+            return change(*states)
+        if first is None or isinstance(first, (bool, int, float, str)):
+            return first
+        if type(first) is tuple:
+            return tuple(self.map_state(change, *parts) for parts in zip(*states, strict=True))
+        if type(first) is dict:
+            return {key: self.map_state(change, *(state[key] for state in states)) for key in first}
+        if not attrs.has(type(first)):
+            raise SliceError(f"{type(self).__name__}: a state holds a {type(first).__name__}; override map_state.")
+        names = [field.name for field in attrs.fields(type(first)) if field.name not in self.unbatched_state]
+        changed = {name: self.map_state(change, *(getattr(state, name) for state in states)) for name in names}
+        return attrs.evolve(first, **changed)
+
+    def shares_blocks(self, other: Sliced, cut: int) -> bool:
+        """Whether stem and blocks ``1 .. cut`` are the very modules of ``other``: sharing tensors, not equal ones."""
+        paths = self.tensor_prefixes(0, cut)
+        return bool(paths) and all(
+            (ours := _lookup(self.net, path)) is not None and ours is _lookup(other.net, path) for path in paths
+        )
 
     def features(self, x: Any, condition: Any) -> Iterator[tuple[int, Tensor]]:
         """``(cut, grid)`` at every cut ``0 .. depth`` from a single pass."""
@@ -260,7 +291,8 @@ def _lookup(net: nn.Module, path: str) -> nn.Module | Tensor | None:
 class Head(nn.Module):
     """A network's first part as a module of its own: FSDP, offload and ``torch.compile`` hook its ``forward``.
 
-    ``forward(x, condition) -> [B, C, H, W]``. Owns only the stem and blocks ``1 .. cut``; nothing at all at ``LATENT``.
+    ``forward(x, condition) -> [B, C, H, W]``, with ``return_state`` the state as well. Owns only the stem and blocks
+    ``1 .. cut``; nothing at all at ``LATENT``.
     """
 
     def __init__(self, network: Sliced, cut: int) -> None:
@@ -269,7 +301,7 @@ class Head(nn.Module):
         self.part = network.prune(0, cut)
         self.cut = cut
 
-    def forward(self, x: Any, condition: Any) -> Tensor:
-        if self.cut == LATENT:
-            return self.part.input_grid(x)
-        return self.part.grid(self.part.head(x, condition, self.cut))
+    def forward(self, x: Any, condition: Any, *, return_state: bool = False) -> Any:
+        state = self.part.head(x, condition, self.cut)
+        grid = self.part.input_grid(x) if self.cut == LATENT else self.part.grid(state)
+        return (grid, state) if return_state else grid

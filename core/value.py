@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
-from . import artefact
+from . import artefact, reuse
 from .artefact import Provenance
 from .backbone import Backbone, NoisyLatent
 from .conditions import Condition
@@ -21,6 +21,7 @@ from .errors import ArtefactError, ConfigError, SliceError
 from .files import read_json
 from .joint import Given, JointReward, checked_weights, shares
 from .layer import StitchingLayer
+from .reuse import BegunPass
 from .reward import ConditionKind, Reward, RewardOutput, Tail
 from .slicing import Head
 
@@ -149,7 +150,11 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         if self.head.cut >= 0:
             count("head", len(latents))
         condition = (self.null if prompt is None else prompt).to(latents.device).expand(len(latents))
-        grid: Tensor = self.head(x, condition)
+        if reuse.wanted() and self.head.cut >= 0:
+            grid, state = self.head(x, condition, return_state=True)
+            reuse.keep(BegunPass.stopped(backbone, x, condition, self.head.cut, state))
+        else:
+            grid = self.head(x, condition)
         return grid.to(next(self.branches.parameters()).dtype)
 
     def outputs(

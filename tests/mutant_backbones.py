@@ -56,6 +56,17 @@ class _SwappedSides(toys.Backbone):
         return patches.reshape(*patches.shape[:2], patches.shape[3], patches.shape[2])
 
 
+@breaks("chosen-states")
+class _TableInState(toys.Backbone):
+    """A table that all samples share lies in the state as if it were one row a sample."""
+
+    def stem(self, x, condition):
+        return (*super().stem(x, condition), torch.ones(1))
+
+    def block(self, k, state):
+        return (*super().block(k, state[:2]), state[2])
+
+
 @breaks("reads-noise-level")
 class _DeafToNoise(Itself, toys.Backbone):
     def stem(self, x, condition):

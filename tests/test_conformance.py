@@ -36,7 +36,7 @@ NAMES = [name for names in BUILT_IN.values() for name in names]
 NOT_APPLICABLE = {
     "sample": {"asks-for-a-value", "follows-the-value", "value-not-finite", "any-number-of-particles"},
     "best-of-n": {"asks-for-a-value", "follows-the-value", "value-not-finite"},
-    "fk-steering": set(),
+    **{name: set() for name in ("das", "dps", "dsearch", "fk-steering", "rbf", "svdd")},
     **{name: set() for name in BUILT_IN["backbone"]},
     **{
         name: {"prompts": {"no-text"}, "images": {"text"}, "nothing": {"text", "reads-condition"}}[

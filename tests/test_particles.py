@@ -9,65 +9,28 @@ import pytest
 import torch
 
 from analytic import ExactValue, GaussianBackbone, LinearReward, MomentReward, QuadraticReward
+from problems import problem, weighted_moments
 from stitchvm.core import (
-    RESAMPLERS,
     Aligner,
-    AlignProblem,
-    Condition,
     ConfigError,
     CostMeter,
-    Denoiser,
-    Estimator,
     NonFiniteError,
     Ode,
-    Particles,
-    Prompted,
     Tweedie,
     effective_sample_size,
     load_aligner,
+    steps_at,
+    steps_within,
 )
 from stitchvm.core.estimators import clean_reward
-from stitchvm.core.particles import initial_noise, step_generators
+from stitchvm.core.particles import initial_noise
 
-POTENTIALS = ("diff", "max", "add")
+POTENTIALS = ("diff", "max", "add", "rt")
 PROMPTS = 40
 
 
 def fk(**settings) -> Aligner:
     return load_aligner("fk-steering")(**settings)
-
-
-def problem(
-    backbone: GaussianBackbone,
-    reward: MomentReward,
-    estimator: Estimator | None,
-    *,
-    prompts: int = 1,
-    particles: int = 4,
-    steps: int = 12,
-    seed: int = 0,
-    batch: int = 4096,
-    guidance_scale: float = 1.0,
-) -> AlignProblem:
-    numbers, side = range(prompts), backbone.native_resolution
-    condition = backbone.encode_prompts([""] * prompts)
-    denoiser = Denoiser(backbone, condition, backbone.null_condition(), guidance_scale)
-    return AlignProblem(
-        Prompted(denoiser, Condition()),
-        initial_noise(seed, numbers, particles, (backbone.latent_channels, side, side)),
-        backbone.sigmas(steps, (side, side)),
-        estimator,
-        lambda latents, context: clean_reward(latents, context, reward),
-        step_generators(seed, numbers),
-        batch,
-    )
-
-
-def weighted_moments(found: Particles) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each prompt's weighted mean and second moment of the latents, averaged over positions: ``[P, C]`` twice."""
-    weights = found.weights[:, :, None]
-    first, second = (found.latents**power for power in (1, 2))
-    return (weights * first.mean((3, 4))).sum(1), (weights * second.mean((3, 4))).sum(1)
 
 
 # -- randomness -------------------------------------------------------------------------------------------------------
@@ -83,45 +46,6 @@ def test_initial_noise_depends_on_prompt_and_particle_only():
 def test_a_negative_seed_is_refused():
     with pytest.raises(ConfigError, match="seed is -1"):
         initial_noise(-1, [0], 1, (1, 1, 1))
-
-
-# -- resampling -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", RESAMPLERS)
-def test_resampling_is_unbiased(name):
-    weights = torch.tensor([0.05, 0.5, 0.0, 0.15, 0.3])
-    generator = torch.Generator().manual_seed(0)
-    runs = 3000
-    counts = torch.stack([RESAMPLERS[name](weights, generator).bincount(minlength=5) for _ in range(runs)]).double()
-    expected = 5 * weights.double()
-    error = counts.std(0) / runs**0.5
-    assert ((counts.mean(0) - expected).abs() <= 4 * error + 1e-9).all()
-    assert counts[:, 2].sum() == 0
-
-
-def test_systematic_counts_are_within_one_of_their_expectation():
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(200):
-        weights = torch.rand(7, generator=generator).softmax(0)
-        counts = RESAMPLERS["systematic"](weights, generator).bincount(minlength=7)
-        assert ((counts - 7 * weights).abs() < 1 + 1e-5).all()
-
-
-def test_systematic_keeps_equal_particles():
-    ancestors = RESAMPLERS["systematic"](torch.full((6,), 1 / 6), torch.Generator().manual_seed(2))
-    assert ancestors.tolist() == list(range(6))
-
-
-@pytest.mark.parametrize("name", RESAMPLERS)
-def test_a_particle_of_weight_zero_is_never_drawn_not_even_by_a_draw_of_zero(name, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.zeros(size, dtype=torch.float64))
-    assert 0 not in RESAMPLERS[name](torch.tensor([0.0, 0.5, 0.5]), torch.Generator()).tolist()
-
-
-def test_effective_sample_size():
-    logs = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -1e4, -1e4, -1e4], [5000.0, 5000.0, -1e4, -1e4]])
-    assert torch.allclose(effective_sample_size(logs), torch.tensor([4.0, 1.0, 2.0], dtype=torch.float64))
 
 
 # -- FK steering: the target
@@ -360,16 +284,17 @@ def test_tweedie_at_a_resampling_step_costs_no_denoiser_pass(guidance_scale):
 
 def test_windows_are_the_papers():
     method = fk(proposals=2)
-    assert list(method.resampling_steps(40)) == [8, 12, 16, 20, 24, 28, 32]
-    assert list(method.resampling_steps(28)) == [6, 10, 14, 18, 22]
-    assert list(method.proposal_steps(40)) == list(range(16))
+    forty, twenty_eight = (torch.linspace(1, 0, steps + 1) for steps in (40, 28))
+    assert method.resampling_steps(forty) == [8, 12, 16, 20, 24, 28, 32]
+    assert method.resampling_steps(twenty_eight) == [6, 10, 14, 18, 22]
+    assert method.proposal_steps(forty) == list(range(16))
 
 
 @pytest.mark.parametrize(
     "settings",
     [{"strength": -1.0}, {"interval": 0}, {"window": (0.8, 0.2)}, {"window": (0.0, 1.5)}, {"potential": "sum"},
      {"ess_threshold": 1.5}, {"eta": 0.5}, {"kernel": "ancestral", "scale": 2.0}, {"kernel": "ancestral", "eta": 2.0},
-     {"kernel": "ode", "proposals": 2}, {"diffusion": "cubic"}, {"resampler": "stratified"}],
+     {"kernel": "ode", "proposals": 2}, {"diffusion": "cubic"}, {"resampler": "comb"}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=rf"{next(iter(settings))}|{list(settings)[-1]}|kernel"):
@@ -381,11 +306,88 @@ def test_steering_needs_an_estimator():
         fk().run(problem(GaussianBackbone(), LinearReward(), None))
 
 
-def test_a_value_that_is_not_finite_is_reported():
-    @attrs.frozen(eq=False)
-    class Broken:
-        def __call__(self, latents, sigma, context, prediction=None):
-            return torch.full((len(latents),), float("nan"))
+@attrs.frozen(eq=False)
+class Lapsing:
+    """An estimator that gives no number for the rows that ``lost`` names of a batch, and 0 for the others."""
 
-    with pytest.raises(NonFiniteError, match="Broken gave a value that is not finite at sigma"):
-        fk().run(problem(GaussianBackbone(), LinearReward(), Broken()))
+    lost: tuple[int, ...]
+
+    def __call__(self, latents, sigma, context, prediction=None):
+        values = torch.zeros(len(latents))
+        values[list(self.lost)] = float("nan")
+        return values
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_a_particle_without_a_value_is_dropped_and_reported(potential):
+    """Particle 1 of prompt 0 and particle 3 of prompt 1, at every look: nobody descends from them."""
+    task = problem(GaussianBackbone(), LinearReward(), Lapsing((1, 7)), prompts=2)
+    method = fk(potential=potential, interval=100, window=(0.25, 0.5))
+    with pytest.warns(RuntimeWarning, match="Lapsing gave no finite value for 2 of 8 latents"):
+        found = method.run(task)
+    assert 1 not in found.ancestry[0].tolist()
+    assert 3 not in found.ancestry[1].tolist()
+    assert found.dropped.tolist() == [1, 1]
+    assert found.rewards.isfinite().all()
+    assert torch.allclose(found.weights.sum(1), torch.ones(2))
+
+
+def test_a_dropped_particle_that_is_not_replaced_keeps_weight_zero():
+    task = problem(GaussianBackbone(), LinearReward(), Lapsing((1,)))
+    with pytest.warns(RuntimeWarning, match="dropped"):
+        found = fk(ess_threshold=0.0).run(task)
+    assert found.weights[0, 1] == 0
+    assert found.weights[0].sum() == pytest.approx(1)
+
+
+def test_a_prompt_without_any_value_is_an_error():
+    with pytest.raises(NonFiniteError, match="Lapsing gave no value that is finite for some prompt at sigma"):
+        fk().run(problem(GaussianBackbone(), LinearReward(), Lapsing((4, 5, 6, 7)), prompts=2))
+
+
+def test_an_image_without_a_reward_is_dropped():
+    """The judge gives no number for the first image."""
+
+    def judge(latents, context):
+        rewards, images = clean_reward(latents, context, LinearReward())
+        return rewards.masked_fill(torch.arange(len(rewards)) == 0, float("nan")), images
+
+    task = attrs.evolve(problem(GaussianBackbone(), LinearReward(), None, particles=3), judge=judge)
+    with pytest.warns(RuntimeWarning, match="1 finished images have no finite reward"):
+        found = load_aligner("best-of-n")().run(task)
+    assert found.dropped.tolist() == [1]
+    assert found.best.tolist() == [1 + int(found.rewards[0, 1:].argmax())]
+    assert found.weights[0].tolist() == pytest.approx([0, 0.5, 0.5])
+
+
+# -- which steps
+
+
+def test_places_of_steps_in_all_units():
+    sigmas = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    assert steps_within(sigmas, (0.2, 0.6)) == [1, 2, 3]
+    assert steps_within(sigmas, (0.2, 0.6), include_end=False) == [1, 2]
+    assert steps_within(sigmas, (1, 3), "step") == [1, 2, 3]
+    assert steps_within(sigmas, (0.0, 1.0), include_end=False) == [0, 1, 2, 3, 4]
+    assert steps_within(sigmas, (0.4, 0.8), "sigma") == [1, 2, 3]
+    assert steps_at(sigmas, (0.85, 0.41), "sigma") == [1, 3]
+    assert steps_at(sigmas, (4, 0), "step") == [0, 4]
+    assert steps_at(sigmas, (0.4, 1.0)) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [lambda s: steps_within(s, (2, 7), "step"), lambda s: steps_within(s, (0.5, 1.5), "sigma"),
+     lambda s: steps_at(s, (5,), "step"), lambda s: steps_at(s, (-0.1,))],
+)  # fmt: skip
+def test_steps_that_are_not_there_are_refused(choose):
+    with pytest.raises(ConfigError, match="there is no step at"):
+        choose(torch.linspace(1, 0, 6))
+
+
+def test_resampling_happens_where_it_is_told():
+    task = problem(GaussianBackbone(), LinearReward(), ExactValue(GaussianBackbone(), LinearReward()))
+    looks = fk(resample_at=(0.9, 0.42), unit="sigma").run(task).history
+    assert [look.step for look in looks] == [1, 7]
+    with pytest.raises(ConfigError, match="there is no step at step 30 of 12 steps"):
+        fk(window=(0, 30), unit="step").run(task)

@@ -29,16 +29,21 @@ def command(
         Path, typer.Option(metavar="DIR", help="Where pictures and align.json go; a rerun continues there.")
     ],
     value: Annotated[str | None, typer.Option(metavar="DIR", help="The value model that steers.")] = None,
-    estimator: Annotated[str | None, typer.Option(help="Instead of a value model: tweedie, with --reward.")] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="Instead of a value model: tweedie or monte-carlo, with --reward.")
+    ] = None,
     reward: Annotated[str | None, typer.Option(help="Picks the best sample (default: the value model's own).")] = None,
     count: Annotated[int | None, typer.Option(help="How many prompts (default: the whole file).")] = None,
     particles: Annotated[int | None, typer.Option(help="Samples a prompt (default: the method's).")] = None,
     proposals: Annotated[int, typer.Option(help="Draws a particle and step, where the method takes some.")] = 1,
     seed: Annotated[int, typer.Option(help="Of all noise; runs of one seed can be compared in pairs.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 28,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 is none (default: 3, or 1 if distilled).")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels (default: the backbone's own).")] = None,
     batch: Annotated[int, typer.Option(help="Samples in memory at a time; changes nothing else.")] = 64,
+    reuse: Annotated[bool, typer.Option(help="Let denoising steps finish the value model's passes.")] = True,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; may be repeated.")
     ] = None,
@@ -50,12 +55,10 @@ def command(
 
     if value is not None and estimator is not None:
         raise ConfigError("--value and --estimator each say what steers; give one of them.")
-    if estimator not in (None, "tweedie"):
-        raise ConfigError(f"unknown estimator {estimator!r}; the one that needs no value model is tweedie.")
     result = align(
         method, backbone, value if estimator is None else estimator, open_prompts(prompts, count, split="test"),
         particles=particles, proposals=proposals, seed=seed, steps=steps, guidance_scale=guidance_scale,
-        resolution=resolution, reward=reward, batch=batch, out=out, **method_settings(settings or ()),
+        resolution=resolution, reward=reward, batch=batch, reuse=reuse, out=out, **method_settings(settings or ()),
     )  # fmt: skip
     if as_json:
         print_json(result.report())
@@ -63,7 +66,7 @@ def command(
         _print(result, out)
 
 
-_TAKEN = {"particles", "proposals", "seed", "steps", "guidance_scale", "resolution", "reward", "batch", "out"}
+_TAKEN = {"particles", "proposals", "seed", "steps", "guidance_scale", "resolution", "reward", "batch", "reuse", "out"}
 
 
 def method_settings(pairs: Sequence[str]) -> dict[str, Any]:

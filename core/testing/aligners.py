@@ -13,8 +13,9 @@ from torch import Tensor
 from ..costs import CostMeter
 from ..errors import ConfigError, NonFiniteError, StitchError
 from ..estimators import Estimator, Prompted, clean_reward
-from ..particles import AlignProblem, Particles, initial_noise, step_generators
+from ..particles import Particles, initial_noise, step_generators
 from ..paths import Prediction
+from ..problem import AlignProblem
 from ..sampling import Denoiser
 from ..structuring import plain, structure
 from .expect import expect, expect_close, expect_equal, expect_finite, expect_shape, global_randomness_kept, refuses

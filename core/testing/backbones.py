@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from .expect import (
     refuses,
 )
 from .kit import check
-from .sliced import PROMPTS, backward, example_input, expect_gradient, whole
+from .sliced import PROMPTS, backward, example_input, expect_gradient, rows, whole
 
 
 def _side(backbone: Backbone) -> int:
@@ -69,6 +71,32 @@ def rectangles(backbone: Backbone) -> None:
             expect_shape(grid, (*grid.shape[:2], *expected), f"features at cut {cut} of {sides} latents", hint)
         output = whole(backbone, x, condition)
         expect_shape(output, (*output.shape[:2], *sides), f"a prediction for {sides} latents")
+
+
+@check("backbone")
+def chosen_states(backbone: Backbone) -> None:
+    """A pass that has begun can go on with some of its samples: the sampler finishes those that it has chosen."""
+    x, condition = example_input(backbone)
+    chosen = torch.tensor([2, 0])
+    hint = "Name the fields of the state whose tensors have no batch dimension in unbatched_state, or write map_state."
+    for cut in range(backbone.depth + 1):
+        state = backbone.map_state(lambda tensor: tensor[chosen], backbone.head(x, condition, cut))
+        alone = backbone.head(*rows(x, condition, chosen.tolist()), cut)
+        shapes = _shapes(backbone, state), _shapes(backbone, alone)
+        expect(shapes[0] == shapes[1], f"tensors {shapes[1]} of two chosen samples at cut {cut}", shapes[0], hint)
+    expected = whole(backbone, x, condition)[chosen]
+    expect_close(backbone.resume(state, backbone.depth), expected, "the output of two chosen samples", hint)
+
+
+def _shapes(backbone: Backbone, state: Any) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tuple(tensor.shape))
+        return tensor
+
+    backbone.map_state(note, state)
+    return found
 
 
 @check("backbone")

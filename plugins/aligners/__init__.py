@@ -33,3 +33,33 @@ def stitchvm_aligners() -> Iterable[AlignerRecord]:
         spec_version=1,
         description="Feynman-Kac steering: resample particles by an estimator's value during sampling.",
     )
+    yield AlignerRecord(
+        name="dps",
+        load="stitchvm.plugins.aligners.dps:Dps",
+        spec_version=1,
+        description="Gradient guidance: the sampler's score plus the gradient of an estimator's value.",
+    )
+    yield AlignerRecord(
+        name="das",
+        load="stitchvm.plugins.aligners.das:Das",
+        spec_version=1,
+        description="Twisted sequential Monte Carlo: proposals shifted by the value's gradient, paid for by weights.",
+    )
+    yield AlignerRecord(
+        name="svdd",
+        load="stitchvm.plugins.aligners.svdd:Svdd",
+        spec_version=1,
+        description="At every step the best of several draws by an estimator's value.",
+    )
+    yield AlignerRecord(
+        name="rbf",
+        load="stitchvm.plugins.aligners.rbf:Rbf",
+        spec_version=1,
+        description="Draw until the value rises; what a step did not need rolls over to later ones.",
+    )
+    yield AlignerRecord(
+        name="dsearch",
+        load="stitchvm.plugins.aligners.dsearch:DSearch",
+        spec_version=1,
+        description="A beam over noise levels: branch every particle, keep the prompt's best by an estimator's value.",
+    )

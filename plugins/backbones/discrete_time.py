@@ -8,7 +8,7 @@ from typing import Any, Self
 import attrs
 import diffusers
 import torch
-from diffusers import SchedulerMixin
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 from torch import Tensor
 
 from stitchvm.core import ConfigError, PredictionKind
@@ -104,3 +104,28 @@ class DiscreteTime:
                 f"take fewer, at most {len(self.sigmas) - 1}."
             )
         return levels
+
+
+def unit_signal(scheduler: Any) -> bool:
+    """Whether a scheduler's latents are ``z0 + s eps``, ``s`` its own sigma, instead of ``alpha z0 + sigma eps``."""
+    return isinstance(scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler)
+
+
+def pipeline_levels(scheduler: Any, time: DiscreteTime) -> Tensor:
+    """``[steps + 1]``, float32: the levels of the timesteps that a scheduler was set to, then 0.
+
+    Raises :class:`ConfigError` for a scheduler that keeps its latents in yet another scale, or that leaves the path
+    between two timesteps.
+    """
+    if unit_signal(scheduler):
+        own = scheduler.sigmas.double().cpu()
+        return (own / (1 + own.square()).sqrt()).float()
+    runge_kutta = isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps
+    preserved = getattr(scheduler, "init_noise_sigma", None) == 1 and hasattr(scheduler, "alphas_cumprod")
+    if runge_kutta or not preserved:
+        problem = " without skip_prk_steps" if runge_kutta else ""
+        raise ConfigError(
+            f"the latents of a {type(scheduler).__name__}{problem} are not at a known noise level after each step; "
+            "use DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, or PNDMScheduler with skip_prk_steps."
+        )
+    return torch.cat([time.sigma(torch.as_tensor(scheduler.timesteps).cpu()), torch.zeros(1)])

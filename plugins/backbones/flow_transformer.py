@@ -150,6 +150,16 @@ class FlowTransformer(Backbone):
     def decode_latents(self, latents: Tensor) -> Tensor:
         return self.companions.decode_latents(latents, self.device)
 
+    def pipeline_sigmas(self, pipeline: Any) -> Tensor:
+        scheduler = pipeline.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ConfigError(
+                f"the pipeline's scheduler is a {type(scheduler).__name__}; the levels of flow matching are read from "
+                "a FlowMatchEulerDiscreteScheduler."
+            )
+        sigmas: Tensor = scheduler.sigmas.float().cpu()
+        return sigmas
+
     # -- loading ------------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from stitchvm.core import Condition, ConfigError, NoisyLatent
+from stitchvm.core import Condition, ConfigError, NoisyLatent, Sliced
 
 from .companions import Companions, FluxText, TextSide
 from .flow_transformer import FlowTransformer, TokenState
@@ -69,6 +69,7 @@ class FluxBackbone(FlowTransformer):
     options = ("guidance", "sample_size")
     uniform_levels = True
     guided_passes = 1
+    unbatched_state = ("rotary",)
 
     net: FluxTransformer2DModel
 
@@ -168,6 +169,30 @@ class FluxBackbone(FlowTransformer):
         factor = self.latent_factor
         output: Tensor = FluxPipeline._unpack_latents(tokens, height * factor, width * factor, factor)
         return output
+
+    def shares_blocks(self, other: Sliced, cut: int) -> bool:
+        """The same modules read other features at another guidance."""
+        return getattr(other, "guidance", None) == self.guidance and super().shares_blocks(other, cut)
+
+    # -- beside a pipeline --------------------------------------------------------------------------------------------
+
+    def from_pipeline_latents(
+        self, pipeline: Any, latents: Tensor, sigma: float, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """From the pipeline's tokens ``[B, rows * columns, 4 C]``."""
+        side = pipeline.default_sample_size * pipeline.vae_scale_factor
+        height, width = size or (side, side)
+        rows, columns = (pixels // (self.latent_factor * PATCH) for pixels in (height, width))
+        expected = [rows * columns, self.latent_channels * PATCH**2]
+        if list(latents.shape[1:]) != expected:
+            raise ConfigError(
+                f"latents of {height} x {width} pixels are {expected[0]} tokens of {expected[1]} channels, but the "
+                f"pipeline's are {list(latents.shape[1:])}. Give the height and width that the pipeline is called with."
+            )
+        return F.pixel_shuffle(latents.transpose(1, 2).unflatten(2, (rows, columns)), PATCH)
+
+    def to_pipeline_latents(self, pipeline: Any, latents: Tensor, sigma: float) -> Tensor:
+        return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2).contiguous()
 
 
 def _positions(text: int, rows: int, columns: int) -> Tensor:

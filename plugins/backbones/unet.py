@@ -30,7 +30,7 @@ from stitchvm.core import (
 
 from ..checkpoints import read_json
 from .companions import Companions, HashedText, SdText, SdxlText
-from .discrete_time import DiscreteTime
+from .discrete_time import DiscreteTime, pipeline_levels, unit_signal
 from .folders import fetcher, fill, loaded_part, on_meta, open_clip_text, open_vae, random_vae, read_config
 from .unet_layers import UNetState, chain, run_layer
 
@@ -219,6 +219,23 @@ class UNetBackbone(Backbone):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return self.companions.decode_latents(latents, self.device)
+
+    # -- beside a pipeline --------------------------------------------------------------------------------------------
+
+    def pipeline_sigmas(self, pipeline: Any) -> Tensor:
+        return pipeline_levels(pipeline.scheduler, self.time)
+
+    def from_pipeline_latents(
+        self, pipeline: Any, latents: Tensor, sigma: float, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Schedulers of Euler's kind hold ``z / alpha``, the others ``z``."""
+        return latents * self._signal(sigma) if unit_signal(pipeline.scheduler) else latents
+
+    def to_pipeline_latents(self, pipeline: Any, latents: Tensor, sigma: float) -> Tensor:
+        return latents / self._signal(sigma) if unit_signal(pipeline.scheduler) else latents
+
+    def _signal(self, sigma: float) -> float:
+        return float(self.path.alpha(torch.tensor(sigma, dtype=torch.float64)))
 
     # -- loading ------------------------------------------------------------------------------------------------------
 

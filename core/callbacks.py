@@ -1,0 +1,294 @@
+"""Steering inside an unmodified pipeline call: objects for the ``callback_on_step_end`` of diffusers' pipelines.
+
+At the end of step ``k - 1`` a pipeline hands out the latents that step ``k`` begins with, at the noise level ``sigma``
+of that step. A callback reads them with a value model and hands back others at the same level.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from .alignment import reward_condition
+from .backbone import Backbone
+from .conditions import Condition
+from .errors import ConfigError, NonFiniteError
+from .kernels import Ode
+from .loading import backbone_from
+from .particles import Resampling, step_generators
+from .paths import Prediction, as_sigma, spread
+from .resampling import RESAMPLERS, effective_sample_size
+from .value import StitchedValue
+from .windows import Window, steps_within
+
+
+def _stitched(instance: object, attribute: object, value: Any) -> None:
+    if not isinstance(getattr(getattr(value, "head", None), "part", None), Backbone):
+        raise ConfigError(
+            f"value is a {type(value).__name__}; a callback takes a StitchedValue (StitchedValue.from_pretrained). "
+            "Other estimators steer with core.steer."
+        )
+
+
+def _prompts(given: str | Sequence[str]) -> tuple[str, ...]:
+    prompts = (given,) if isinstance(given, str) else tuple(given)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"prompt is {given!r}; give the prompt, or the list of them, that the pipeline is given.")
+    return prompts
+
+
+def _fractions(instance: object, attribute: object, window: Window) -> None:
+    steps_within(torch.linspace(1, 0, 2), window)
+
+
+def _in(*choices: str) -> Any:
+    def check(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+        if value not in choices:
+            raise ConfigError(f"{attribute.name} is {value!r}; choose one of {', '.join(choices)}.")
+
+    return check
+
+
+def _at_least(low: float, high: float = float("inf")) -> Any:
+    def check(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
+        if value is not None and not low <= value <= high:
+            most = "" if high == float("inf") else f" and at most {high:g}"
+            raise ConfigError(f"{attribute.name} is {value:g}; it must be at least {low:g}{most}.")
+
+    return check
+
+
+@attrs.frozen(eq=False)
+class Guided:
+    """One guided step: the ``values [B]`` of the latents that step ``step`` would have begun with at ``sigma``."""
+
+    step: int
+    sigma: float
+    values: Tensor
+
+
+@attrs.frozen(eq=False)
+class _Step:
+    """A step just taken: ``latents [B, C, h, w]`` float32 on the value's device, which went from ``sigma_before`` to
+    ``sigma`` and begin step ``number``."""
+
+    number: int
+    latents: Tensor
+    sigma_before: float
+    sigma: float
+
+
+@attrs.define(eq=False)
+class StepCallback(ABC):
+    """What both callbacks share: which steps they act in, and what stands between a pipeline's latents and a value's.
+
+    ``prompt`` as the pipeline is called with it; so are ``height`` and ``width``, which a pipeline that packs its
+    latents (FLUX) does not tell. The last step's clean latents are left alone: a value is for noisy ones.
+    """
+
+    value: StitchedValue = attrs.field(validator=_stitched)
+    prompts: tuple[str, ...] = attrs.field(converter=_prompts, alias="prompt")
+    window: Window = attrs.field(default=(0.2, 0.8), kw_only=True, validator=_fractions)
+    height: int | None = attrs.field(default=None, kw_only=True)
+    width: int | None = attrs.field(default=None, kw_only=True)
+    history: list[Any] = attrs.field(factory=list, init=False)
+    _rewarded: Condition | None = attrs.field(default=None, init=False)
+    _prompted: Condition | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise ConfigError("give both height and width, as the pipeline is called with them, or none.")
+
+    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The tensors that the pipeline goes on with.
+
+        Raises :class:`ConfigError` for a pipeline that does not hand out its latents, or holds others than the value
+        reads, and ``NonFiniteError`` for a value that is not finite.
+        """
+        if "latents" not in tensors:
+            raise ConfigError(
+                f"{type(self).__name__} changes the latents; call the pipeline with "
+                "callback_on_step_end_tensor_inputs=['latents']."
+            )
+        # A value's gradient needs tensors that autograd may record, whatever mode the pipeline was called in.
+        with torch.inference_mode(False), torch.no_grad():
+            return {**tensors, "latents": self._after(pipeline, step, timestep, tensors["latents"].clone())}
+
+    def _after(self, pipeline: Any, step: int, timestep: Any, latents: Tensor) -> Tensor:
+        if step == 0:
+            self.restart()
+        if len(latents) % len(self.prompts):
+            raise ConfigError(
+                f"{len(latents)} latents cannot belong to {len(self.prompts)} prompts in equal parts; give the prompts "
+                "that the pipeline is called with."
+            )
+        backbone = self._backbone
+        sigmas = backbone.pipeline_sigmas(pipeline)
+        timesteps = pipeline.scheduler.timesteps
+        if step >= len(timesteps) or timesteps[step] != timestep:
+            raise ConfigError(
+                f"step {step} is at timestep {float(timestep):g}, which is not what the scheduler has there; callbacks "
+                "read the levels of a text-to-image call, which takes every timestep in turn."
+            )
+        number, sigma = step + 1, float(sigmas[step + 1])
+        if sigma == 0 or number not in self.steps(sigmas):
+            return latents
+        # A step that ends where it begins is the last one taken again (PNDM).
+        before = float(sigmas[step - 1 if sigmas[step] == sigmas[step + 1] and step else step])
+        own = backbone.from_pipeline_latents(pipeline, latents.float(), sigma, self._size).to(self.value.device)
+        return self.change(pipeline, _Step(number, own, before, sigma), latents)
+
+    def steps(self, sigmas: Tensor) -> Sequence[int]:
+        """The steps whose first latents are changed."""
+        return steps_within(sigmas, self.window)
+
+    def restart(self) -> None:
+        """Forget the call before this one."""
+        self.history, self._prompted = [], None
+
+    @abstractmethod
+    def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
+        """What to go on with in the place of ``latents``, which are the pipeline's form of ``step.latents``."""
+
+    def read(self, pipeline: Any, latents: Tensor, sigma: float) -> Tensor:
+        """The values ``[B]`` of latents ``[B, C, h, w]``, those of one prompt in a row."""
+        if self._rewarded is None:
+            self._rewarded = reward_condition(self.value.objective(), self.prompts)
+        if self.value.prompted and self._prompted is None:
+            self._prompted = backbone_from(pipeline).encode_prompts(list(self.prompts))
+        each = len(latents) // len(self.prompts)
+        prompt = None if self._prompted is None else self._prompted.to(latents.device).repeat(each)
+        rewarded = self._rewarded.to(latents.device).repeat(each)
+        values = self.value(latents, sigma, rewarded, prompt=prompt)
+        if not bool(values.isfinite().all()):
+            raise NonFiniteError(f"the value is not finite at sigma {sigma:g}; check the latents and the precision.")
+        return values
+
+    @property
+    def _backbone(self) -> Backbone:
+        part = self.value.head.part
+        assert isinstance(part, Backbone)
+        return part
+
+    @property
+    def _size(self) -> tuple[int, int] | None:
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+
+@attrs.define(eq=False)
+class GuidanceCallback(StepCallback):
+    """Gradient guidance: each step lands where a sampler with the score ``score + strength grad V`` would (paper,
+    section 5), the gradient being that of the latents the step led to.
+
+    ``GuidanceCallback(value, prompt, strength=1.0)``. ``window``: fractions of the steps. ``normalisation``: ``raw``,
+    or ``unit-rms``, every latent's gradient at a root mean square of 1. A step from ``sigma`` to ``sigma'`` is moved by
+    ``strength (alpha' sigma^2 / alpha - sigma sigma') grad V``, not at all where ``alpha`` is 0. ``history`` holds the
+    values of the last call as :class:`Guided`, before they were moved.
+    """
+
+    strength: float = attrs.field(default=1.0, kw_only=True)
+    normalisation: Literal["raw", "unit-rms"] = attrs.field(
+        default="raw", kw_only=True, validator=_in("raw", "unit-rms")
+    )
+
+    def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
+        z = step.latents.requires_grad_()
+        with torch.enable_grad():
+            values = self.read(pipeline, z, step.sigma)
+            (gradient,) = torch.autograd.grad(values.sum(), z)
+        if not bool(gradient.isfinite().all()):
+            raise NonFiniteError(f"the value's gradient is not finite at sigma {step.sigma:g}; use a lower strength.")
+        if self.normalisation == "unit-rms":
+            size = gradient.square().mean((1, 2, 3)).sqrt()
+            gradient = gradient / spread(size.clamp_min(torch.finfo(size.dtype).tiny), gradient)
+        self.history.append(Guided(step.number, step.sigma, values.detach().cpu()))
+        still = torch.zeros_like(gradient)
+        level, lower = (as_sigma(sigma, still) for sigma in (step.sigma_before, step.sigma))
+        # Guidance and steps are linear: what they make of a prediction of zero is what they add to any.
+        moved = Prediction(self._backbone.path, still, level, still, still).guided(self.strength * gradient)
+        shift = self._backbone.to_pipeline_latents(pipeline, Ode()(moved, lower).mean, step.sigma)
+        return (latents.float() + shift.to(latents.device)).to(latents.dtype)
+
+
+@attrs.define(eq=False)
+class ResamplingCallback(StepCallback):
+    """Feynman-Kac resampling of the images of one prompt: ``num_images_per_prompt`` of them in a row are particles.
+
+    ``ResamplingCallback(value, prompt, strength=10.0)``. Every ``interval`` steps of ``window`` the weights grow by
+    ``exp(strength (V_k - V_{k-1}))`` with ``V_0 = 0``; where the effective sample size is at most ``ess_threshold`` of
+    the particles (1 always, 0 never) they are drawn anew by ``resampler`` (:data:`RESAMPLERS`), otherwise carried on.
+    ``particles`` is checked against the call when given. ``seed`` decides the draws, anew in every call.
+
+    Copies part only where the scheduler adds noise (``stochastic_sampling=True`` for SD 3 and FLUX, ``eta=1.0`` in the
+    call for DDIM, ``EulerAncestralDiscreteScheduler``); otherwise they end as the same image. ``history`` holds the
+    :class:`Resampling` of the last call and ``log_weights [P, N]`` what was carried to its end.
+    """
+
+    strength: float = attrs.field(default=10.0, kw_only=True, validator=_at_least(0))
+    interval: int = attrs.field(default=4, kw_only=True, validator=_at_least(1))
+    resampler: str = attrs.field(default="multinomial", kw_only=True, validator=_in(*RESAMPLERS))
+    ess_threshold: float = attrs.field(default=0.5, kw_only=True, validator=_at_least(0, 1))
+    particles: int | None = attrs.field(default=None, kw_only=True, validator=_at_least(1))
+    seed: int = attrs.field(default=0, kw_only=True, validator=_at_least(0))
+    log_weights: Tensor | None = attrs.field(default=None, init=False)
+    _last: Tensor | None = attrs.field(default=None, init=False)
+    _generators: list[torch.Generator] = attrs.field(factory=list, init=False)
+
+    def restart(self) -> None:
+        super().restart()
+        self.log_weights = self._last = None
+        self._generators = step_generators(self.seed, range(len(self.prompts)))
+
+    def steps(self, sigmas: Tensor) -> Sequence[int]:
+        return steps_within(sigmas, self.window)[:: self.interval]
+
+    def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
+        each = len(latents) // len(self.prompts)
+        if self.particles not in (None, each):
+            raise ConfigError(
+                f"there are {each} latents a prompt, but particles is {self.particles}; call the pipeline with "
+                "num_images_per_prompt=particles."
+            )
+        values = self.read(pipeline, step.latents, step.sigma).double().cpu().view(-1, each)
+        ancestors = self._resample(values, step)
+        rows = (ancestors + each * torch.arange(len(ancestors))[:, None]).flatten()
+        if bool((rows == torch.arange(len(rows))).all()):
+            return latents
+        _follow(pipeline.scheduler, latents.shape, rows)
+        return latents[rows.to(latents.device)]
+
+    def _resample(self, values: Tensor, step: _Step) -> Tensor:
+        """Ancestors ``[P, N]``, the identity where weights are carried on, from values ``[P, N]``."""
+        count = values.shape[1]
+        past = torch.zeros_like(values) if self.log_weights is None else self.log_weights
+        weights = past + self.strength * (values if self._last is None else values - self._last)
+        size = effective_sample_size(weights)
+        # Rounding may put the size of equal weights a hair above N, and 1 means always.
+        chosen = size <= self.ess_threshold * count * (1 + 1e-9)
+        ancestors = torch.arange(count).repeat(len(values), 1)
+        for prompt in chosen.nonzero().flatten().tolist():
+            ancestors[prompt] = RESAMPLERS[self.resampler](weights[prompt].softmax(0), self._generators[prompt])
+        self.history.append(Resampling(step.number, step.sigma, values.float(), size.float(), chosen, ancestors))
+        self.log_weights = weights.masked_fill(chosen[:, None], 0)
+        self._last = values.gather(1, ancestors)
+        return ancestors
+
+
+def _follow(scheduler: Any, shape: torch.Size, rows: Tensor) -> None:
+    """Have what a multistep scheduler remembers of every latent (PNDM's ``ets``, DPM-Solver's ``model_outputs``)
+    follow the resampling."""
+
+    def moved(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [moved(each) for each in entry]
+        alike = isinstance(entry, Tensor) and entry.shape == shape
+        return entry[rows.to(entry.device)] if alike else entry
+
+    for name, entry in list(vars(scheduler).items()):
+        if isinstance(entry, list | Tensor):
+            setattr(scheduler, name, moved(entry))

@@ -1,0 +1,54 @@
+"""SVDD: soft value-based decoding (Li et al. 2024): at every step the best of several draws, no weights, no mixing."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import ClassVar
+
+import attrs
+import torch
+
+from stitchvm.core import AlignProblem, ConfigError, Particles, StepUnit, Window, steps_within
+
+from .fk_steering import best_of_proposals
+from .kernel_settings import KernelSettings, rising_window
+
+
+@attrs.frozen(kw_only=True)
+class Svdd(KernelSettings):
+    """Settings of SVDD; particles are independent chains, the best by clean reward is chosen.
+
+    ``proposals``: draws a step (20 as published); the one of highest value is kept.
+    ``window`` in ``unit`` (``fraction`` of the steps, ``step`` numbers, ``sigma`` levels): choose in these steps, draw
+    once in the others; its end is left out, and so is the last step, whose draws are finished images.
+
+    Raises :class:`ConfigError` for a value out of range, and for the ``ode`` kernel, whose draws are all the same.
+    """
+
+    default_particles: ClassVar[int] = 1
+
+    proposals: int = attrs.field(default=20, validator=attrs.validators.ge(1))
+    window: Window = attrs.field(default=(0.0, 1.0), validator=rising_window)
+    unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.kernel == "ode" and self.proposals > 1:
+            raise ConfigError("the ode kernel draws no noise, so its proposals are all the same; use sde or ancestral.")
+
+    @torch.no_grad()
+    def run(self, problem: AlignProblem) -> Particles:
+        """Steer; raises :class:`ConfigError` without an estimator."""
+        if problem.estimator is None:
+            raise ConfigError("svdd needs a value: a stitched value model, another estimator or 'tweedie'.")
+        kernel, sigmas = self.transition_kernel(), problem.sigmas
+        choosing = steps_within(sigmas, self.window, self.unit, include_end=False)
+        latents = problem.noise.flatten(0, 1)
+        for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+            transition = kernel(problem.denoise(latents, sigma), sigma_next.expand(len(latents)).to(latents))
+            if step in choosing and step < problem.steps - 1:
+                latents, _ = best_of_proposals(problem, transition, self.proposals, sigma_next)
+            else:
+                latents = problem.draw(transition)
+            problem.progress(1 / problem.steps)
+        return problem.unweighted(latents.view_as(problem.noise))
