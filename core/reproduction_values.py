@@ -1,0 +1,176 @@
+"""The value models that a reproduction steers by: found in a folder or stitched, and which backbones they can steer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from .artefact import CONFIG
+from .backbone import Backbone
+from .errors import ArtefactError
+from .examples import cache_key
+from .files import read_json, write_json
+from .finetune import FinetuneSettings
+from .images import open_images
+from .loading import name_of
+from .matrix import Scale
+from .matrix_report import cell_name
+from .metering import metered
+from .metrics import metric_of
+from .provenance import model_identity, weights_digest
+from .reward import Reward
+from .seeds import stream_seed
+from .skills import SkillData
+from .stitching import stitch
+from .value import StitchedValue
+
+SAME_PICTURE = 0.01
+"""How far two decodings of one latent may lie apart, pixels in [0, 1]: one autoencoder in two precisions does not."""
+
+
+def identity(network: Backbone | Reward) -> dict[str, Any]:
+    """JSON-able; tells a network from a retrained one of the same name."""
+    return {**model_identity(network), "weights": weights_digest(network.net)}
+
+
+@attrs.define(eq=False)
+class ValueModels:
+    """``BACKBONE--REWARD`` folders under ``given``, with the value model inside or in ``stitched``, as ``matrix``
+    writes them; one that is not there is stitched into ``folder/models`` and kept.
+
+    The one that was asked for last stays loaded.
+    """
+
+    given: Path | None
+    folder: Path
+    dataset: Any
+    scale: Scale
+    recipe: FinetuneSettings
+    seed: int
+    progress: bool
+    _last: tuple[tuple[str, str], StitchedValue] | None = None
+    _lost: dict[tuple[str, str], Exception] = attrs.field(factory=dict)
+
+    def get(self, backbone: Backbone, reward: Reward) -> StitchedValue:
+        """The pair's value model on ``backbone``.
+
+        Raises ``ArtefactError`` for one of other weights or for another reward, and what ``stitch`` raises.
+        """
+        pair = name_of(backbone), name_of(reward)
+        if pair in self._lost:
+            raise self._lost[pair]  # what failed for one row is not stitched again for each of the others
+        if self._last is None or self._last[0] != pair:
+            self._last = None  # let go of the last one before the next is read
+            try:
+                self._last = (pair, self._load(backbone, reward))
+            except Exception as error:
+                self._lost[pair] = error
+                raise
+        return self._last[1]
+
+    def _load(self, backbone: Backbone, reward: Reward) -> StitchedValue:
+        asked = name_of(reward)
+        folder = self._found(name_of(backbone), asked) or self._made(backbone, reward)
+        value = StitchedValue.from_pretrained(folder, backbone=backbone, device=backbone.device)
+        if value.names != (asked,):
+            raise ArtefactError(f"{str(folder)!r} reads {', '.join(value.names)}; give a value model of {asked} alone.")
+        return value
+
+    def _found(self, backbone: str, reward: str) -> Path | None:
+        if self.given is None:
+            return None
+        name = cell_name(backbone, reward)
+        places = [root / name / inner for root in (self.given, self.given / "models") for inner in ("", "stitched")]
+        return next((place for place in places if (place / CONFIG).is_file()), None)
+
+    def _made(self, backbone: Backbone, reward: Reward) -> Path:
+        """Stitched as ``matrix`` does, unless it has been with the same settings and networks."""
+        name = cell_name(name_of(backbone), name_of(reward))
+        place = self.folder / "models" / name
+        made = {
+            "backbone": identity(backbone), "reward": identity(reward), "scale": attrs.asdict(self.scale),
+            "recipe": attrs.asdict(self.recipe), "seed": self.seed,
+        }  # fmt: skip
+        made = json.loads(json.dumps(made))
+        note = place / "made.json"
+        if (place / "stitched" / CONFIG).is_file() and note.is_file() and read_json(note) == made:
+            return place / "stitched"
+        metric, scale = metric_of(reward), self.scale
+        sets = 2 if metric == "preference" else 1
+        data = SkillData.draw(metric, self.dataset, -(-scale.images // sets), self.seed, "train")
+        prompts = None
+        if self.recipe.generated > 0:
+            prompts = self.dataset.prompts("train", max(scale.samples // self.recipe.seeds_per_prompt, 1), self.seed)
+        work = self.folder / "work" / f"{name}-{cache_key(made)}"
+        stitch(
+            backbone, reward, images=open_images(data.unlabelled()), out=place / "stitched", work=work,
+            recipe=self.recipe, prompts=prompts, count=scale.images, samples=scale.samples, probes=scale.probes,
+            seed=self.seed, progress=self.progress,
+        )  # fmt: skip
+        write_json(note, made)
+        shutil.rmtree(work)
+        return place / "stitched"
+
+
+@torch.no_grad()
+def misfit(source: Backbone, steered: Backbone, prompted: bool = False) -> str | None:
+    """Why a value model stitched to ``source`` cannot read the latents that ``steered`` samples, or None if it can.
+
+    Both must live on the same path and have the same latents: as many channels, as many pixels to one, and the same
+    picture for the same latent. A ``prompted`` one also reads the sampler's prompt, which both must encode alike.
+    """
+    left, right = name_of(source), name_of(steered)
+    if source.path.name != steered.path.name:
+        return (
+            f"{left} lives on the {source.path.name} path and {right} on the {steered.path.name} path, "
+            "so a latent at one noise level is not the other's"
+        )
+    for what, of in (("latent channels", "latent_channels"), ("pixels a latent pixel", "latent_factor")):
+        if (has := getattr(source, of)) != (other := getattr(steered, of)):
+            return f"{left} has {has} {what} and {right} has {other}"
+    side = min(source.native_resolution, steered.native_resolution) // steered.latent_factor
+    noise = torch.randn(1, steered.latent_channels, side, side, generator=torch.Generator().manual_seed(stream_seed(0)))
+    ours, theirs = (one.decode_latents(noise.to(one.device)).clamp(0, 1).cpu() for one in (source, steered))
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=SAME_PICTURE):
+        return f"the autoencoders of {left} and {right} decode one latent to different pictures"
+    read = [network.encode_prompts(["a prompt"]).to("cpu") for network in (source, steered)] if prompted else []
+    if read and not read[0].equals(read[1]):
+        return f"the value model reads prompts as {left} encodes them, and {right} encodes them otherwise"
+    return None
+
+
+@torch.no_grad()
+def pass_costs(backbone: Backbone, reward: Reward, value: StitchedValue | None = None) -> dict[str, float] | None:
+    """Floating-point operations of every kind of forward pass, in denoiser passes of ``backbone``; None where a
+    denoiser pass has no operation that is counted."""
+    side = backbone.native_resolution // backbone.latent_factor
+    latents = torch.zeros(1, backbone.latent_channels, side, side, device=backbone.device)
+    null = backbone.null_condition().to(backbone.device)
+    costs = {}
+    with metered() as cost:
+        backbone.denoise(latents, 0.5, null)
+        costs["denoiser"] = seen = cost.flops
+        pixels = backbone.decode_latents(latents)
+        costs["decoder"], seen = cost.flops - seen, cost.flops
+        reward.judge(pixels)
+        costs["reward"], seen = cost.flops - seen, cost.flops
+        if value is not None:
+            features = value.features(latents, 0.5)
+            costs["head"], seen = cost.flops - seen, cost.flops
+            value.read(features)
+            costs["tail"] = cost.flops - seen
+    if costs["denoiser"] == 0:
+        return None
+    costs["resumed"] = max(costs["denoiser"] - costs.get("head", 0), 0)
+    return {kind: flops / costs["denoiser"] for kind, flops in costs.items()}
+
+
+def equivalents(cost: Mapping[str, float], units: Mapping[str, float] | None) -> float | None:
+    """A run's forward passes in denoiser passes; a backward pass, which gradient guidance takes, is not counted."""
+    return None if units is None else sum(share * cost.get(kind, 0) for kind, share in units.items())
