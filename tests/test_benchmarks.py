@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+import torch
 
 from stitchvm import core
+from stitchvm.core import Tweedie
 from stitchvm.plugins import checkpoints
 
 TINY = {
@@ -19,15 +24,46 @@ TINY = {
 }  # fmt: skip
 
 
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+GUIDED = {"head": 1, "tail": 1, "denoiser": 1, "resumed": 1}
+TWEEDIE = {"denoiser": 2, "decoder": 1, "reward": 1}
+PASSES = {
+    "unguided": {"denoiser": 2},
+    "stitched": GUIDED,
+    "stitched-no-reuse": {"head": 1, "tail": 1, "denoiser": 2},
+    "tweedie": TWEEDIE,
+    "tweedie-checkpointing": TWEEDIE,
+    "one-proposal": GUIDED,
+    "two-proposals": GUIDED | {"head": 2, "tail": 2},
+    "tweedie-value": TWEEDIE,
+}
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def head_loading(monkeypatch) -> Any:
-    path = Path(__file__).parent.parent / "benchmarks" / "head_loading.py"
-    spec = importlib.util.spec_from_file_location("head_loading", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "head_loading", module)
-    spec.loader.exec_module(module)
+    module = script("head_loading", monkeypatch)
     monkeypatch.setattr(checkpoints, "safe_open", checkpoints.safe_open)  # the benchmark counts through it
     return module
+
+
+@pytest.fixture
+def sd35(monkeypatch) -> Any:
+    return script("sd35", monkeypatch)
+
+
+@pytest.fixture
+def guidance(monkeypatch, sd35) -> Any:
+    return script("guidance_sd35", monkeypatch)
 
 
 def test_head_loading_counts_what_is_read(head_loading, tmp_path):
@@ -42,3 +78,108 @@ def test_head_loading_counts_what_is_read(head_loading, tmp_path):
     assert head_loading.share_of_shapes(record, 2) == pytest.approx(sizes[0] / sizes[1])
     assert sizes[0] <= head["shards"] < whole["shards"] == shards
     assert head["peak"] >= head["before"] > 0
+
+
+def test_every_figure_takes_its_passes(guidance, sd35):
+    networks = sd35.Networks.build(small=True)
+    assert {networks.backbone.dtype, networks.vae.dtype, networks.reward.dtype} == {torch.bfloat16}
+    trained = (networks.backbone, networks.vae, networks.reward, networks.value)
+    assert not any(tensor.requires_grad for network in trained for tensor in network.parameters())
+    for name, figure in guidance.FIGURES.items():
+        found = guidance.measure(networks, figure, repeats=2)
+        assert found["passes"] == PASSES[name], name
+        assert len(found["seconds"]) == 2
+        assert 0 < found["min"] <= found["median"]
+        assert found["memory"] >= 0
+
+
+def test_random_weights_are_the_same_every_time(sd35):
+    first, again = (sd35.Networks.build(small=True) for _ in range(2))
+    for name in ("backbone", "vae", "reward", "value"):
+        pairs = zip(getattr(first, name).parameters(), getattr(again, name).parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs), name
+    norm, weight = (first.vae.decoder.conv_norm_out.weight, first.backbone.net.transformer_blocks[0].attn.to_q.weight)
+    assert bool((norm == 1).all())
+    assert float(weight.float().std()) == pytest.approx(sd35.DEVIATION, rel=5 / math.sqrt(2 * weight.numel()))
+    assert not torch.equal(first.prompt["embeds"], first.null["embeds"])
+
+
+def test_checkpointing_runs_blocks_again_and_changes_no_gradient(sd35):
+    networks = sd35.Networks.build(small=True, dtype=torch.float32)
+    parts = {
+        "denoiser": networks.backbone.net.transformer_blocks[1],
+        "decoder": networks.vae.decoder.up_blocks[0],
+        "reward": networks.reward.net.transformer.resblocks[1],
+    }
+    runs = []
+    for name, part in parts.items():
+        # before, not after: a recomputation stops as soon as all that was asked for is there
+        part.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+    problem = networks.problem(Tweedie(networks.reward))
+    gradients, seen = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            networks.checkpoint_gradients()
+        runs.clear()
+        gradients.append(problem.differentiate(networks.noise, problem.sigmas[25]).gradients)
+        seen.append({name: runs.count(name) for name in parts})
+    assert seen == [dict.fromkeys(parts, 1), dict.fromkeys(parts, 2)]
+    assert float(gradients[0].abs().max()) > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_peak_memory_is_what_was_held_inside(sd35):
+    size = 64 << 20
+    for before in (0, 4 * size):  # what was held and given back earlier does not count
+        torch.ones(before, dtype=torch.uint8)
+        with sd35.PeakMemory(torch.device("cpu")) as memory:
+            torch.ones(size, dtype=torch.uint8)
+        assert size * 0.95 < memory.bytes < size * 1.25, before
+
+
+def test_ratios_of_known_figures(guidance):
+    seconds = {
+        "unguided": 10, "stitched": 13, "stitched-no-reuse": 15, "tweedie": 52, "tweedie-checkpointing": 65,
+        "one-proposal": 11, "two-proposals": 13, "tweedie-value": 18,
+    }  # fmt: skip
+    figures = {name: {"min": value, "memory": value} for name, value in seconds.items()}
+    found = guidance.ratios(figures)
+    assert {name: (round(ratio.value, 6), ratio.met) for name, ratio in found.items()} == {
+        "guided / unguided step": (1.3, True),
+        "guided without reuse / unguided step": (1.5, None),
+        "Tweedie-guided / guided step": (4, False),
+        "the same, checkpointing": (5, None),
+        "memory, guided / Tweedie-guided": (0.25, False),
+        "memory, guided / checkpointing": (0.2, None),
+        "proposal / unguided step": (0.2, False),
+        "Tweedie's estimate / proposal": (9, False),
+    }
+    noisy = guidance.ratios(figures | {"two-proposals": {"min": 11}, "tweedie": {"failed": "killed by signal 9"}})
+    lost = {name for name, ratio in noisy.items() if ratio.met is None and ratio.target is not None}
+    assert lost == {
+        "Tweedie-guided / guided step", "memory, guided / Tweedie-guided", "proposal / unguided step",
+        "Tweedie's estimate / proposal",
+    }  # fmt: skip
+
+
+def test_a_figure_that_fails_is_reported(guidance, monkeypatch):
+    def starved(*_: Any, **__: Any) -> Any:
+        return subprocess.CompletedProcess([], -9, "", "")
+
+    monkeypatch.setattr(guidance.subprocess, "run", starved)
+    figures = {"tweedie": guidance.fresh("tweedie", guidance.arguments(["--small"]))}
+    assert figures == {"tweedie": {"failed": "killed by signal 9"}}
+    assert "| step guided by Tweedie's estimate | killed by signal 9 |" in guidance.table(figures)
+    json.dumps(guidance.report(figures, small=True), allow_nan=False)
+
+
+def test_guidance_runs_from_end_to_end(guidance, tmp_path, capsys):
+    out = tmp_path / "guidance.json"
+    settings = ["--small", "--only", "stitched", "--repeats", "1", "--threads", "1", "--out", str(out)]
+    assert guidance.main(settings) == 0, capsys.readouterr().err
+    written = json.loads(out.read_text())
+    figure = written["figures"]["stitched"]
+    assert (figure["passes"], figure["threads"], written["dtype"]) == (GUIDED, 1, "bfloat16")
+    assert figure["device"]
+    assert written["versions"]["torch"]
+    assert f"| step guided by the stitched value | {figure['min']:.3f} |" in capsys.readouterr().out

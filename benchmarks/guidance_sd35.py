@@ -1,0 +1,251 @@
+"""What guidance by a stitched value costs on Stable Diffusion 3.5 Medium at 512 pixels, against Tweedie's estimate.
+
+    python benchmarks/guidance_sd35.py --threads 2      # about 6 GB of weights, and what Tweedie's gradient needs
+    python benchmarks/guidance_sd35.py --small          # the registry's twins: does it run?
+
+Random weights in bfloat16, one latent, classifier-free guidance of 4.5, on CUDA where there is one. Every figure is a
+fresh process that builds the networks (see ``sd35.py``), takes one step to warm up and ``--repeats`` more along a
+sampling run of 100, the steps that ``dps`` and ``fk-steering`` take, and reports seconds, forward passes and the peak
+of memory above the weights. The table is also written as JSON. Needs Linux. Exits with 1 when a figure failed or, at
+full size, a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+from sd35 import BACKBONE, GUIDANCE_SCALE, INTERFACE, REWARD, SMALL_INTERFACE, STEPS, Networks, PeakMemory
+from torch import Tensor
+
+from stitchvm.core import AlignProblem, CostMeter, NonFiniteError, Stitched, Tweedie
+from stitchvm.core.provenance import versions
+from stitchvm.plugins.aligners.dps import Dps
+from stitchvm.plugins.aligners.fk_steering import best_of_proposals
+
+GB = 1e9
+FIRST_STEP = STEPS // 4
+"""A step where latent and noise both count, and where FK steering draws proposals."""
+
+METHOD = Dps(kernel="sde")
+
+
+@attrs.frozen
+class Figure:
+    """One measurement: a step whose latent is only denoised, guided by a value's gradient, or the best of some
+    ``proposals``; or no step but a value of the latent."""
+
+    label: str
+    task: Literal["denoise", "guide", "propose", "value"]
+    estimator: Literal["stitched", "tweedie"] | None = None
+    reuse: bool = True
+    checkpointing: bool = False
+    proposals: int = 1
+
+
+FIGURES = {
+    "unguided": Figure("unguided step", "denoise"),
+    "stitched": Figure("step guided by the stitched value", "guide", "stitched"),
+    "stitched-no-reuse": Figure("the same, no pass reused", "guide", "stitched", reuse=False),
+    "tweedie": Figure("step guided by Tweedie's estimate", "guide", "tweedie"),
+    "tweedie-checkpointing": Figure("the same, gradient checkpointing", "guide", "tweedie", checkpointing=True),
+    "one-proposal": Figure("FK step, 1 proposal, stitched value", "propose", "stitched"),
+    "two-proposals": Figure("FK step, 2 proposals, stitched value", "propose", "stitched", proposals=2),
+    "tweedie-value": Figure("Tweedie's estimate, no gradient", "value", "tweedie"),
+}
+
+
+@attrs.frozen
+class Ratio:
+    """``value`` and the ``target`` it has to keep to, at most or at least; NaN where a figure is missing."""
+
+    value: float
+    target: float | None = None
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """None without a target or a value."""
+        if self.target is None or math.isnan(self.value):
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    @property
+    def goal(self) -> str | None:
+        return None if self.target is None else f"{'>=' if self.at_least else '<='} {self.target:g}"
+
+
+@torch.no_grad()
+def take_step(problem: AlignProblem, figure: Figure, latents: Tensor, step: int) -> Tensor:
+    """Latents after ``step``, as the aligners take it; the same ones where a value alone is read."""
+    sigma, following = problem.sigmas[step], problem.sigmas[step + 1]
+    if figure.task == "value":
+        problem.estimate(latents, sigma)
+        return latents
+    if figure.task == "guide":
+        look = problem.differentiate(latents, sigma)
+        prediction = look.prediction.guided(METHOD.score_change(look))
+    else:
+        prediction = problem.denoise(latents, sigma)
+    transition = METHOD.transition_kernel()(prediction, following.expand(len(latents)).to(latents))
+    if figure.task == "propose":
+        return best_of_proposals(problem, transition, figure.proposals, following)[0]
+    return problem.draw(transition)
+
+
+def measure(networks: Networks, figure: Figure, repeats: int) -> dict[str, Any]:
+    """``seconds`` of every step but the first, ``passes`` of one, and ``memory``, the peak above the weights in bytes.
+
+    Steps follow one another, so that a pass begun for a proposal is finished by the next one.
+    """
+    estimator = {"stitched": Stitched(networks.value), "tweedie": Tweedie(networks.reward), None: None}
+    if figure.checkpointing:
+        networks.checkpoint_gradients()
+    problem = networks.problem(estimator[figure.estimator], reuse=figure.reuse)
+    latents, device, costs = networks.noise, networks.noise.device, []
+    with PeakMemory(device) as memory:
+        for step in range(FIRST_STEP, FIRST_STEP + repeats + 1):
+            with CostMeter() as cost:
+                latents = take_step(problem, figure, latents, step)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            costs.append(cost)
+    if not bool(latents.isfinite().all()):
+        raise NonFiniteError(f"the latents of {figure.label!r} are not finite, so it took no ordinary step.")
+    seconds = [cost.seconds for cost in costs[1:]]
+    return {
+        "label": figure.label, "seconds": seconds, "min": min(seconds), "median": statistics.median(seconds),
+        "memory": memory.bytes, "passes": dict(costs[-1].passes), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    """The processor's name and the vector instructions that torch uses of it."""
+    rows = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((row.partition(":")[2].strip() for row in rows if row.startswith("model name")), "cpu")
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Ratio]:
+    """What the figures say of each other; seconds are the least of the repeats, which other processes disturb least.
+
+    A proposal costs what a step with two takes longer than one with one: another value, whose head's pass is not
+    finished.
+    """
+
+    def known(name: str, key: str) -> float:
+        return float(figures.get(name, {}).get(key, math.nan))
+
+    def of(key: str, over: str, under: str) -> float:
+        return _quotient(known(over, key), known(under, key))
+
+    step, proposal = known("unguided", "min"), known("two-proposals", "min") - known("one-proposal", "min")
+    return {
+        "guided / unguided step": Ratio(of("min", "stitched", "unguided"), 1.4),
+        "guided without reuse / unguided step": Ratio(of("min", "stitched-no-reuse", "unguided")),
+        "Tweedie-guided / guided step": Ratio(of("min", "tweedie", "stitched"), 4.5, at_least=True),
+        "the same, checkpointing": Ratio(of("min", "tweedie-checkpointing", "stitched")),
+        "memory, guided / Tweedie-guided": Ratio(of("memory", "stitched", "tweedie"), 0.15),
+        "memory, guided / checkpointing": Ratio(of("memory", "stitched", "tweedie-checkpointing")),
+        "proposal / unguided step": Ratio(_quotient(proposal, step), 0.15),
+        "Tweedie's estimate / proposal": Ratio(_quotient(known("tweedie-value", "min"), proposal), 10, at_least=True),
+    }
+
+
+def _quotient(over: float, under: float) -> float:
+    """NaN where one of both is lost in the noise of the measurement."""
+    return over / under if over > 0 and under > 0 else math.nan
+
+
+def report(figures: Mapping[str, Mapping[str, Any]], small: bool) -> dict[str, Any]:
+    """JSON-able: what was measured on what, and what follows."""
+    interface = SMALL_INTERFACE if small else INTERFACE
+    return {
+        "backbone": BACKBONE, "reward": REWARD, "interface": attrs.asdict(interface), "small": small,
+        "guidance_scale": GUIDANCE_SCALE, "dtype": "bfloat16", "versions": versions(), "figures": figures,
+        "ratios": {
+            name: {"value": None if math.isnan(ratio.value) else ratio.value, "target": ratio.goal, "met": ratio.met}
+            for name, ratio in ratios(figures).items()
+        },
+    }  # fmt: skip
+
+
+def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """The measurements for people: seconds, GB, and the forward passes of one step."""
+    lines = ["| figure | least s | median s | memory above the weights, GB | passes |", "| --- " * 5 + "|"]
+    for name, found in figures.items():
+        label = FIGURES[name].label
+        if "failed" in found:
+            lines.append(f"| {label} | {found['failed']} | | | |")
+            continue
+        passes = ", ".join(f"{count} {kind}" for kind, count in found["passes"].items())
+        lines.append(
+            f"| {label} | {found['min']:.3f} | {found['median']:.3f} | {found['memory'] / GB:.3f} | {passes} |"
+        )
+    for name, ratio in ratios(figures).items():
+        verdict = {True: "ok", False: "MISSED", None: "not measured"}[ratio.met]
+        goal = "" if ratio.goal is None else f", target {ratio.goal}: {verdict}"
+        lines.append(f"{name}: {ratio.value:.3f}{goal}")
+    return "\n".join(lines)
+
+
+def fresh(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """:func:`measure` in a process of its own; what it died of where it did, such as a lack of memory."""
+    command = [sys.executable, __file__, "--figure", name, "--repeats", str(given.repeats)]
+    command += ["--small"] * given.small + (["--threads", str(given.threads)] if given.threads else [])
+    # some libraries read their number of threads here, before torch is told
+    surroundings = os.environ | ({"OMP_NUM_THREADS": str(given.threads)} if given.threads else {})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"failed": f"killed by signal {-done.returncode}" if done.returncode < 0 else last}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
+    parser.add_argument("--repeats", type=int, default=3, help="steps measured a figure (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="the registry's twins; their ratios mean nothing")
+    parser.add_argument("--only", choices=FIGURES, metavar="FIGURE", help=f"one of: {', '.join(FIGURES)}")
+    parser.add_argument(
+        "--out", type=Path, help="where to write JSON (default: beside this file, for all figures at full size)"
+    )
+    parser.add_argument("--figure", choices=FIGURES, help=argparse.SUPPRESS)
+    found = parser.parse_args(given)
+    if found.repeats < 1 or (found.threads is not None and found.threads < 1):
+        parser.error("--repeats and --threads must be at least 1.")
+    return found
+
+
+def main(settings: Sequence[str] | None = None) -> int:
+    given = arguments(settings)
+    if given.figure:
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        networks = Networks.build(small=given.small, device="cuda" if torch.cuda.is_available() else "cpu")
+        sys.stdout.write(json.dumps(measure(networks, FIGURES[given.figure], given.repeats)) + "\n")
+        return 0
+    figures = {name: fresh(name, given) for name in ([given.only] if given.only else FIGURES)}
+    out = given.out or (None if given.small or given.only else Path(__file__).with_suffix(".json"))
+    if out:
+        out.write_text(json.dumps(report(figures, given.small), indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(table(figures) + "\n")
+    missed = not given.small and any(ratio.met is False for ratio in ratios(figures).values())
+    return int(missed or any("failed" in found for found in figures.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
