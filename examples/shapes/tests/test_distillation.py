@@ -70,20 +70,25 @@ class PointMass:
 
 
 def test_the_unet_learns_the_noise_that_is_there():
-    clean, noise = torch.randn(3, 8, 16, 16), torch.randn(3, 8, 16, 16)
+    """At three times of a noised latent, and from noise alone, of which the clean latent's share is taken off."""
+    clean, noise = torch.randn(4, 8, 16, 16), torch.randn(4, 8, 16, 16)
     teacher = PointMass(clean)
     task = unet.UnetTask(examples(), teacher)
-    time = torch.tensor([20, 500, 999])
+    time, starts = torch.tensor([20, 500, 999, 999]), torch.tensor([False, False, False, True])
     alpha, sigma = task.alpha[time, None, None, None], task.sigma[time, None, None, None]
-    noisy = alpha * (clean + teacher.vae_shift) + sigma * noise
-    torch.testing.assert_close(task.noise_seen(noisy, alpha, sigma, examples().ids[:3]), noise, atol=1e-3, rtol=1e-3)
+    shifted = clean + teacher.vae_shift
+    noisy = alpha * shifted + sigma * noise
+    noisy[3] = noise[3]
+    expected = noise.clone()
+    expected[3] = (noise[3] - alpha[3] * shifted[3]) / sigma[3]
+    torch.testing.assert_close(task.noise_seen(noisy, time, examples().ids, starts), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_losses_reach_every_parameter(teacher):
     generator = torch.Generator().manual_seed(0)
     t5_ids = flux.tokenise_t5([CAPTION] * 4)
     for task in (flux.FluxTask(examples(), t5_ids, teacher), unet.UnetTask(examples(), teacher)):
-        loss, _ = task.loss(0, generator)
+        loss, _ = task.loss(flux.TEXT_STEPS + flux.FOLLOWING_STEPS, generator)
         loss.backward()
         missing = {
             name
@@ -93,6 +98,34 @@ def test_losses_reach_every_parameter(teacher):
         }
         assert not missing
         assert torch.isfinite(loss)
+
+
+def test_flux_first_learns_the_texts_then_the_states_then_the_velocities(teacher):
+    """Each part of the training reaches what it is for; a model that is the teacher's has no error in it."""
+    task = flux.FluxTask(examples(), flux.tokenise_t5([CAPTION] * 4), teacher)
+    touched = []
+    for step in (0, flux.TEXT_STEPS):
+        loss, _ = task.loss(step, torch.Generator().manual_seed(0))
+        loss.backward()
+        touched.append({name for name, parameter in task.transformer.named_parameters() if parameter.grad is not None})
+        task.transformer.zero_grad(set_to_none=True)
+    assert not any("blocks" in name for name in touched[0])
+    assert {"context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"} <= touched[0]
+    assert any("transformer_blocks.0" in name for name in touched[1])
+    assert float(flux.relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))) == pytest.approx(2 / 4.5)
+
+
+def test_double_blocks_begin_as_the_teachers(teacher):
+    """Fed the same states, a double block answers as the SD3 block it comes from, dual attention left out."""
+    model, source = flux.build_transformer(), teacher.transformer
+    flux.start_from(model, source)
+    draw = torch.Generator().manual_seed(0)
+    image, text, temb = (torch.randn(1, n, 160, generator=draw) for n in (6, 3, 1))
+    still = torch.ones(9, 32), torch.zeros(9, 32)  # no rotation, as SD3 has none
+    ours_text, ours = model.transformer_blocks[2](image, text, temb[:, 0], image_rotary_emb=still)
+    theirs_text, theirs = source.transformer_blocks[flux.DOUBLE[2]](image, text, temb[:, 0])
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours_text, theirs_text, atol=1e-4, rtol=1e-4)
 
 
 def test_t5_reads_one_token_a_word():

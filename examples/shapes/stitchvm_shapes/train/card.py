@@ -77,12 +77,10 @@ def _descriptions() -> dict[str, str]:
   their distance from the background in RGB from {NEAREST:g} to {FARTHEST:g}; texture, {textures};
   harmony, (1 + cos h) / 2 over pairs of objects with hues h apart, 0.5 for an object alone; size,
   {none:g}, {one:g}, {more:g} for no, one, more large objects.""",
-        "dino": f"""
+        "dino": """
   `shapes-dino/`: timm vision transformer (`timm.create_model("local-dir:...", pretrained=True)`),
-  trained without captions by self-distillation (DINO): a student matches its own moving average over {
-            2 + dino.NARROW_VIEWS
-        }
-  views of a picture, with centring, sharpening and KoLeo.""",
+  trained without captions by contrast: two pictures of one scene are alike, pictures of others are not, among them the
+  same scene with one thing changed.""",
         "detector": """
   `detector.safetensors`: says whether a picture fulfils a caption
   (`stitchvm_shapes.detector.Detector`).""",

@@ -1,20 +1,18 @@
-"""The likeness model: a timm vision transformer trained without captions, by self-distillation (DINO).
+"""The likeness model: a timm vision transformer trained without captions, by contrast.
 
-Caron et al. 2021: a student sees several views of a picture and predicts what its own moving average, the teacher,
-makes of the two widest. The teacher's outputs are sharpened and centred, or all would become alike: here as in DINOv2
-(Oquab et al. 2023), by Sinkhorn and Knopp's iteration, with KoLeo to spread the student's embeddings besides.
+Two pictures of one scene, placed, lit and cut out anew, are alike; pictures of other scenes are not, least of all that
+of a scene with one thing changed, which is in every batch. Self-distillation (DINO, Caron et al. 2021) was tried first:
+in trainings as short as these it tells scenes apart by their ground alone.
 """
 
 from __future__ import annotations
 
 import collections
 import json
-import math
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 import timm
 import torch
@@ -23,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..render import make_split, render
-from ..scenes import Scene, sample_scene
+from ..scenes import Scene, change_one, sample_scene
 from .clip import MEAN, STD, normalise, soften
 from .data import as_float
 from .muon import Muon, split_parameters
@@ -41,39 +39,19 @@ PRETRAINED = {
     "crop_mode": "center",
 }
 
+#: Scenes of a batch: half of them drawn, each followed by itself with one attribute, relation or pairing changed.
 SCENES = 64
-#: Scenes of a batch that share their ground. When all differ, it alone tells them apart, and a training this short
-#: learns nothing of the objects.
-GROUP = 8
 RATE = 2e-3
-PROTOTYPES = 512
-#: Side of a wide view's and a narrow view's cut-out, as a part of the picture (lowest, highest), and its pixels.
-WIDE, NARROW = (0.85, 1.0, 64), (0.6, 0.8, 40)
-NARROW_VIEWS = 1
-STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
-SINKHORN_ITERATIONS = 3
-#: The teacher follows the student more and more slowly: 1 - 1 / (step + 1), between these.
-MOMENTUM = (0.9, 0.98)
-KOLEO = 0.1
+TEMPERATURE = 0.1
+#: Lowest and highest side of a view's cut-out, as a part of the picture's, and its pixels.
+VIEW = (0.85, 1.0, 64)
 #: Training scenes among which the neighbours of held-out ones are looked for.
 GALLERY = 5000
 
 
 def build() -> Any:
-    """The untrained tower, for pictures of 64 pixels and of the size of narrow views."""
-    return timm.create_model(ARCHITECTURE, num_classes=0, dynamic_img_size=True, **ARGUMENTS)
-
-
-class Projector(nn.Module):
-    """Embeddings [B, 128] to logits [B, prototypes]: cosines of a hidden direction with each prototype's."""
-
-    def __init__(self, width: int, prototypes: int) -> None:
-        super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, 64))
-        self.prototypes = nn.Parameter(torch.randn(prototypes, 64))
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        return F.linear(F.normalize(self.hidden(embedding), dim=-1), F.normalize(self.prototypes, dim=-1))
+    """The untrained tower."""
+    return timm.create_model(ARCHITECTURE, num_classes=0, **ARGUMENTS)
 
 
 def view(images: Tensor, sides: tuple[float, float, int], generator: torch.Generator) -> Tensor:
@@ -96,87 +74,44 @@ def view(images: Tensor, sides: tuple[float, float, int], generator: torch.Gener
     return soften((cut * tint * light).clamp(0, 1), generator)
 
 
-def koleo(embedding: Tensor) -> Tensor:
-    """Kozachenko and Leonenko's estimate of the entropy, negated: minus the mean log distance to the nearest other."""
-    unit = F.normalize(embedding, dim=-1)
-    nearest = (unit @ unit.T).fill_diagonal_(-1).max(1).values
-    return -(2 - 2 * nearest).clamp(min=1e-6).log().mean() / 2
-
-
-def balanced(logits: Tensor) -> Tensor:
-    """Probabilities [B, K] near softmax(logits) of which every prototype gets about as much over the batch, B / K."""
-    shares = (logits - logits.max()).double().exp()
-    for _ in range(SINKHORN_ITERATIONS):
-        shares = shares / shares.sum(0).clamp(min=1e-300)
-        shares = shares / shares.sum(1, keepdim=True)
-    return shares.to(logits.dtype)
-
-
 def _draw(rng: np.random.Generator) -> list[Scene]:
-    """The scenes of a batch, all with training captions, in groups on one ground."""
+    """The scenes of a batch, all with training captions: scene, changed scene, scene, .."""
     scenes: list[Scene] = []
     while len(scenes) < SCENES:
         scene = sample_scene(rng, "train")
-        if len(scenes) % GROUP:
-            scene = attrs.evolve(scene, texture=scenes[-1].texture, background=scenes[-1].background)
-        if scene.split == "train":
-            scenes.append(scene)
+        changed = change_one(scene, rng)
+        if changed.split == "train":
+            scenes += [scene, changed]
     return scenes
 
 
+def contrast(first: Tensor, second: Tensor) -> Tensor:
+    """InfoNCE of unit embeddings ``[N, D]`` twice: each row's partner among all others of both (SimCLR's NT-Xent)."""
+    both = torch.cat([first, second])
+    logits = (both @ both.T / TEMPERATURE).fill_diagonal_(-torch.inf)
+    n = len(first)
+    return F.cross_entropy(logits, torch.cat([torch.arange(n, 2 * n), torch.arange(n)]))
+
+
 class DinoTask:
-    """Self-distillation on fresh training scenes."""
+    """Contrast of fresh training scenes, two pictures of each."""
 
     def __init__(self) -> None:
-        student, teacher = (
-            nn.ModuleDict({"tower": build(), "projector": Projector(ARGUMENTS["embed_dim"], PROTOTYPES)})
-            for _ in range(2)
-        )
-        teacher.load_state_dict(student.state_dict())
-        self.student, self.teacher = student, teacher.requires_grad_(False)
-        # The teacher is a module like the other so that it is in the checkpoint.
-        self.modules: dict[str, nn.Module] = {"student": student, "teacher": teacher}
+        self.tower = build()
+        self.modules: dict[str, nn.Module] = {"tower": self.tower}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices, others = split_parameters(
-            [self.student], lambda name: "pos_embed" in name or "patch_embed" in name or "prototypes" in name
-        )
+        matrices, others = split_parameters([self.tower], lambda name: "pos_embed" in name or "patch_embed" in name)
         return [Muon(matrices, RATE), torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
-    @torch.no_grad()
-    def _follow(self, step: int) -> None:
-        momentum = min(max(1 - 1 / (step + 1), MOMENTUM[0]), MOMENTUM[1])
-        for kept, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            kept.lerp_(new, 1 - momentum)
-
-    @torch.no_grad()
-    def _teach(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        """The teacher's probabilities for each view."""
-        logits = [self.teacher["projector"](self.teacher["tower"](one)) for one in views]
-        return balanced(torch.cat(logits) / TEACHER_TEMPERATURE).chunk(len(views))
-
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        # Here and not after the optimiser's step, of which a task is not told.
-        self._follow(step)
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        drawn = np.stack([render(scene, rng) for scene in _draw(rng)])
-        images = as_float(torch.from_numpy(drawn))
-        wide = [normalise(view(images, WIDE, generator)) for _ in range(2)]
-        narrow = [normalise(view(images, NARROW, generator)) for _ in range(NARROW_VIEWS)]
-        targets = self._teach(wide)
-        seen = [self.student["tower"](torch.cat(views)).chunk(len(views)) for views in (wide, narrow)]
-        embeddings = [*seen[0], *seen[1]]
-        guesses = [(self.student["projector"](one) / STUDENT_TEMPERATURE).log_softmax(-1) for one in embeddings]
-        losses = [
-            -(target * guess).sum(-1).mean()
-            for t, target in enumerate(targets)
-            for g, guess in enumerate(guesses)
-            if t != g
-        ]
-        spread = (koleo(seen[0][0]) + koleo(seen[0][1])) / 2
-        entropy = -(targets[0].mean(0) * targets[0].mean(0).clamp(min=1e-12).log()).sum()
-        loss = torch.stack(losses).mean() + KOLEO * spread
-        return loss, {"prototypes": math.exp(float(entropy))}
+        scenes = _draw(rng)
+        drawn = np.stack([render(scene, rng) for _ in range(2) for scene in scenes])
+        images = normalise(view(as_float(torch.from_numpy(drawn)), VIEW, generator))
+        first, second = F.normalize(self.tower(images), dim=-1).chunk(2)
+        nearest = (first @ second.T).detach().argmax(1) == torch.arange(len(scenes))
+        return contrast(first, second), {"found": float(nearest.float().mean())}
 
 
 def load(folder: Path) -> Any:

@@ -24,29 +24,21 @@ from .tokens import build_tokenizer
 
 #: Pairs in a batch: twice as many pictures.
 PAIRS = 24
-#: Blocks at the bottom of the image and the text tower that stay as they are, as HPSv2's did.
-FROZEN = {"visual.transformer": 3, "text.transformer": 2}
-#: A quarter of shapes-clip's own.
-RATE = 5e-4
-
-
-def freeze(model: nn.Module) -> None:
-    """Let only the blocks above `FROZEN`, the last norms, the projections and the temperature learn."""
-    kept = [f"{tower}.resblocks.{k}." for tower, count in FROZEN.items() for k in range(count)]
-    for name, parameter in model.named_parameters():
-        if name.startswith(tuple(kept)) or "embedding" in name or "conv1" in name or "ln_pre" in name:
-            parameter.requires_grad_(False)
+#: Half of shapes-clip's own.
+RATE = 1e-3
+#: What a prompt's two cosines are multiplied by before their softmax. Shapes-clip's own temperature, three times this,
+#: is surer of itself than choices as noisy as these allow, and unlearns.
+PREFERENCE_SCALE = 12.0
 
 
 class HpsTask:
-    """Cross-entropies on fresh pairs: of the preferred picture under the softmax over a prompt's two image-text logits,
-    and of each picture's own caption under the softmax over all captions of the batch.
+    """Cross-entropies on fresh pairs: of the preferred picture under the softmax of a prompt's two scaled cosines, and
+    of each picture's own caption under the softmax over all captions of the batch.
     """
 
     def __init__(self, folder: Path) -> None:
         """Start from the shapes-clip exported to `folder`."""
         self.model: Any = clip.load(folder)
-        freeze(self.model)
         self.tokenizer = build_tokenizer()
         self.modules: dict[str, nn.Module] = {"hps": self.model}
 
@@ -61,11 +53,12 @@ class HpsTask:
         images = clip.normalise(as_float(pairs.images.flatten(0, 1)))
         image = self.model.encode_image(images, normalize=True)
         text = self.model.encode_text(clip.tokenise(self.tokenizer, texts), normalize=True)
-        logits = self.model.logit_scale.exp().clamp(max=100) * image @ text.T
+        cosine = image @ text.T
         asked = torch.tensor([texts.index(caption) for caption in pairs.captions for _ in range(2)])
-        both = logits.gather(1, asked[:, None]).view(-1, 2)
+        both = PREFERENCE_SCALE * cosine.gather(1, asked[:, None]).view(-1, 2)
         chosen = choose(pairs.utilities, rng)
         preference = F.cross_entropy(both, chosen)
+        logits = self.model.logit_scale.exp().clamp(max=100) * cosine
         caption = F.cross_entropy(logits, torch.tensor([texts.index(shown) for shown in pairs.shown]))
         right = (both.detach().argmax(1) == chosen).float().mean()
         numbers = {"preference": float(preference.detach()), "caption": float(caption.detach())}

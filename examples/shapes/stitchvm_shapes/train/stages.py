@@ -33,9 +33,9 @@ STEPS = {
     "vae": 2000,
     "clip": 1000,
     "detector": 500,
-    "hps": 250,
+    "hps": 600,
     "aesthetic": 4000,
-    "dino": 320,
+    "dino": 900,
     "mmdit": 4200,
     "flux": 2000,
     "unet": 2000,
@@ -132,8 +132,8 @@ def train_dino(plan: Plan) -> None:
     torch.manual_seed(plan.seed)
     task = dino.DinoTask()
     _train(plan, "dino", task)
-    # The teacher is an average of the student already; the average of the teacher would be an older one.
-    export_dino(task.teacher["tower"], plan.out / "shapes-dino")
+    averaged(plan.work / "dino.pt", task.modules)
+    export_dino(task.tower, plan.out / "shapes-dino")
 
 
 def _latents(plan: Plan, model: AutoencoderKL, pictures: Pictures) -> torch.Tensor:
@@ -186,7 +186,7 @@ def train_unet(plan: Plan) -> None:
     examples, _ = _examples(plan)
     teacher = Teacher(plan.out / "shapes-mmdit", compiled=True)
     torch.manual_seed(plan.seed)
-    _train(plan, "unet", unet.UnetTask(examples, teacher))
+    _train(plan, "unet", unet.UnetTask(examples, teacher, compiled=True))
     export_checkpoint(plan, "unet")
 
 

@@ -26,10 +26,11 @@ class Teacher:
         self._forward: Any = torch.compile(self.transformer) if compiled else self.transformer
 
     @torch.no_grad()
-    def velocity(self, latents: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, t: Tensor, ids: Tensor, compiled: bool = True) -> Tensor:
         """What it predicts for noisy latents [B, 8, 16, 16] at levels [B] in 0 .. 1 under token ids [B, 24]."""
         tokens, pooled = mmdit.encode_ids(self.encoders, ids)
-        velocity: Tensor = self._forward(
+        forward = self._forward if compiled else self.transformer
+        velocity: Tensor = forward(
             hidden_states=latents,
             encoder_hidden_states=tokens,
             pooled_projections=pooled,
