@@ -40,7 +40,7 @@ _CELL = 128
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterator[Figure]:
+def open_figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterator[Figure]:
     """A figure of ``width`` x ``height`` inches that is written to ``path`` on leaving."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def _figure(path: Path, width: float, height: float, dpi: int = _DPI) -> Iterato
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _decorate(axes: Axes, title: str, x: str = "", y: str = "", size: int = 11) -> None:
+def decorate(axes: Axes, title: str, x: str = "", y: str = "", size: int = 11) -> None:
     # a name or prompt with dollar signs in it is no formula
     axes.set_title(title, fontsize=size, loc="left", parse_math=False, wrap=True)
     axes.set_xlabel(x)
@@ -76,7 +76,7 @@ def interface_heatmap(report: Mapping[str, Any], path: Path) -> None:
     loss = {(cell["i"], cell["j"]): cell[criterion] for cell in report["grid"]}
     cuts, blocks = sorted({i for i, _ in loss}), sorted({j for _, j in loss})
     table = [[loss.get((i, j), math.nan) for i in cuts] for j in blocks]
-    with _figure(path, max(6.5, 1.5 + 0.62 * len(cuts)), max(3.0, 1.8 + 0.5 * len(blocks))) as figure:
+    with open_figure(path, max(6.5, 1.5 + 0.62 * len(cuts)), max(3.0, 1.8 + 0.5 * len(blocks))) as figure:
         axes = figure.subplots()
         norm = Normalize(min(loss.values()), max(loss.values()))
         picture = axes.imshow(table, cmap="cividis", norm=norm, aspect="auto")
@@ -90,7 +90,7 @@ def interface_heatmap(report: Mapping[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(cuts)), [str(i) for i in cuts])
         axes.set_yticks(range(len(blocks)), [str(j) for j in blocks])
         title = f"The best place to join is {place(best['i'])}, before reward block {best['j']}"
-        _decorate(axes, title, "backbone cut i", "reward block j")
+        decorate(axes, title, "backbone cut i", "reward block j")
         figure.colorbar(picture, ax=axes, label=f"{criterion} loss (lower is better)")
 
 
@@ -102,7 +102,7 @@ def recall_curve(retrieval: Mapping[str, Any], path: Path) -> None:
     sigmas, clean = retrieval["sigma"], retrieval["clean"]
     middle = min(range(len(sigmas)), key=lambda k: abs(sigmas[k] - 0.5))
     kept = retrieval["stitched"][middle] / clean if clean else 0.0
-    with _figure(path, 6.5, 4) as figure:
+    with open_figure(path, 6.5, 4) as figure:
         axes = figure.subplots()
         axes.axhline(clean, color=BLACK, linestyle="--", label="clean reward (no noise)")
         for name in ("stitched", "vae"):
@@ -111,7 +111,7 @@ def recall_curve(retrieval: Mapping[str, Any], path: Path) -> None:
                 axes.plot(sigmas, retrieval[name], color=colour, marker=marker, label=ESTIMATORS[name])
         axes.set_ylim(0, 1.05)
         title = f"At sigma {sigmas[middle]:g} the stitched value keeps {kept:.0%} of the clean reward's recall"
-        _decorate(axes, title, "noise level sigma", "retrieval recall@1")
+        decorate(axes, title, "noise level sigma", "retrieval recall@1")
         axes.legend(frameon=False, loc="lower left")
 
 
@@ -129,12 +129,12 @@ def percent(share: float | None) -> str:
 
 def skill_curve(skill: Mapping[str, Any], path: Path) -> None:
     """One reward's metric against the noise level; ``skill`` is ``Skill.report()`` with the model ``stitched``."""
-    with _figure(path, 6.5, 4) as figure:
+    with open_figure(path, 6.5, 4) as figure:
         axes = figure.subplots()
         _skill(axes, skill)
         sigma, kept = _kept(skill, 0.5)
         title = f"At sigma {sigma:g} the stitched value keeps {kept['stitched']} of the clean reward's skill"
-        _decorate(axes, title, "noise level sigma", SKILLS[skill["metric"]])
+        decorate(axes, title, "noise level sigma", SKILLS[skill["metric"]])
         axes.legend(frameon=False, loc="lower left")
 
 
@@ -147,7 +147,7 @@ def skill_panels(report: Mapping[str, Any], path: Path) -> None:
     cells = {(cell["backbone"], cell["reward"]): cell for cell in report["cells"]}
     backbones = [name for name in report["backbones"] if any(name == b for b, _ in cells)]
     rewards = [name for name in report["rewards"] if any(name == r for _, r in cells)]
-    with _figure(path, max(6.5, 1 + 3.3 * len(rewards)), 1.4 + 2.5 * len(backbones)) as figure:
+    with open_figure(path, max(6.5, 1 + 3.3 * len(rewards)), 1.4 + 2.5 * len(backbones)) as figure:
         table = figure.subplots(len(backbones), len(rewards), squeeze=False, sharex=True)
         for line, backbone in zip(table, backbones, strict=True):
             for axes, reward in zip(line, rewards, strict=True):
@@ -164,13 +164,13 @@ def skill_panels(report: Mapping[str, Any], path: Path) -> None:
 def _panel(axes: Axes, cell: Mapping[str, Any] | None, backbone: str, reward: str) -> None:
     name = f"{backbone} x {reward}"
     if cell is None:
-        _decorate(axes, f"{name}\nnot measured", size=9)
+        decorate(axes, f"{name}\nnot measured", size=9)
         axes.set_yticks([])
         return
     _skill(axes, cell)
     sigma, kept = _kept(cell, 0.25)
     title = f"{name}\n{cell['metric']}: {kept['stitched']} kept at sigma {sigma:g}, VAE {kept['vae']}"
-    _decorate(axes, title, "", SKILLS[cell["metric"]], size=9)
+    decorate(axes, title, "", SKILLS[cell["metric"]], size=9)
 
 
 def _skill(axes: Axes, skill: Mapping[str, Any]) -> None:
@@ -197,7 +197,7 @@ def ranking_curve(ranking: Mapping[str, Any], path: Path) -> None:
 
     ``ranking`` is ``Ranking.report()``: ``sigma[]``, a list by estimator, and their ``stderr``.
     """
-    with _figure(path, 6.5, 4) as figure:
+    with open_figure(path, 6.5, 4) as figure:
         axes = figure.subplots()
         for name in ("stitched", "tweedie"):
             if name not in ranking:
@@ -211,7 +211,7 @@ def ranking_curve(ranking: Mapping[str, Any], path: Path) -> None:
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.set_ylim(min(-0.1, axes.get_ylim()[0]), 1.05)
         title = "How well each value foresees which seed of a prompt will end best"
-        _decorate(axes, title, "noise level sigma", "rank correlation within a prompt")
+        decorate(axes, title, "noise level sigma", "rank correlation within a prompt")
         axes.legend(frameon=False, loc="lower left")
 
 
@@ -223,7 +223,7 @@ def steering_bars(steering: Mapping[str, Any], path: Path) -> None:
     methods = [name for name in METHODS if name in steering]
     gained = [name for name in methods if steering[name].get("gain")]
     seen = [name for name in methods if steering[name].get("detector")]
-    with _figure(path, 9 if seen else 5.5, 1.6 + 0.62 * len(methods)) as figure:
+    with open_figure(path, 9 if seen else 5.5, 1.6 + 0.62 * len(methods)) as figure:
         panels = figure.subplots(1, 2 if seen else 1, squeeze=False)[0]
         _bars(panels[0], gained, [steering[name]["gain"] for name in gained])
         for row, name in enumerate(gained):
@@ -235,11 +235,11 @@ def steering_bars(steering: Mapping[str, Any], path: Path) -> None:
         panels[0].margins(x=0.6)  # room for what each one costs
         count = steering.get("prompts")
         title = "Reward gained over the plain sampler" + (f", {count} prompts" if count else "")
-        _decorate(panels[0], title, "paired gain ± one standard error; passes and seconds in words")
+        decorate(panels[0], title, "paired gain ± one standard error; passes and seconds in words")
         if seen:
             _bars(panels[1], seen, [steering[name]["detector"] for name in seen])
             panels[1].set_xlim(0, 1)
-            _decorate(panels[1], "Captions that the picture fulfils", "share ± one standard error")
+            decorate(panels[1], "Captions that the picture fulfils", "share ± one standard error")
 
 
 def _bars(axes: Axes, names: Sequence[str], values: Sequence[Mapping[str, float | None]]) -> None:
@@ -263,12 +263,12 @@ def loss_curve(losses: Sequence[float], path: Path) -> None:
     window = max(1, len(losses) // 25)
     parts = [losses[max(0, step + 1 - window) : step + 1] for step in range(len(losses))]
     smooth = [math.fsum(part) / len(part) for part in parts]
-    with _figure(path, 6.5, 3.5) as figure:
+    with open_figure(path, 6.5, 3.5) as figure:
         axes = figure.subplots()
         axes.plot(losses, color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
         axes.plot(smooth, color=BLUE, linewidth=2, label=f"mean of {window} steps")
         title = f"The finetune loss goes from {smooth[0]:.3g} to {smooth[-1]:.3g} in {len(losses)} steps"
-        _decorate(axes, title, "step", "distillation loss")
+        decorate(axes, title, "step", "distillation loss")
         axes.legend(frameon=False)
 
 
@@ -289,7 +289,7 @@ def image_grid(rows: Mapping[str, Tensor], captions: Sequence[str], path: Path, 
     wrapped = [textwrap.fill(caption, max(8, int(cell * 15)), max_lines=6, placeholder="…") for caption in captions]
     head = 0.15 + 0.125 * max(caption.count("\n") + 1 for caption in wrapped)
     size = (1.1 + len(captions) * (cell + 0.08), head + len(rows) * (tall + 0.08))
-    with _figure(path, *size, dpi=100) as figure:
+    with open_figure(path, *size, dpi=100) as figure:
         table = figure.subplots(len(rows), len(captions), squeeze=False)
         for line, (name, images) in zip(table, rows.items(), strict=True):
             for axes, image in zip(line, images, strict=True):

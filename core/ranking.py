@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -16,12 +17,13 @@ from .costs import CostMeter
 from .errors import ConfigError
 from .estimators import Estimator, Prompted, clean_reward
 from .joint import AnyReward, load_judge
+from .kernels import Kernel, Ode, Transition
 from .loading import load_backbone
 from .metrics import spearman
-from .particles import initial_noise
 from .paths import Prediction
 from .progress import track
-from .sampling import Denoiser, sample
+from .sampling import Denoiser, sample, seeded_noise
+from .seeds import stream_seed
 
 SIGMAS = (0.9, 0.75, 0.5, 0.25, 0.1)
 
@@ -69,7 +71,6 @@ def closest_steps(sigmas: Tensor, requested: Sequence[float]) -> list[int]:
     return [int((sigmas[:-1] - level).abs().argmin()) for level in requested]
 
 
-@torch.no_grad()
 def rank_seeds(
     backbone: str | Backbone,
     estimators: Mapping[str, Estimator],
@@ -90,31 +91,125 @@ def rank_seeds(
     An estimator is given the trajectory's prediction, as when steering. The noise is that of ``align`` with the same
     ``seed``. Raises :class:`ConfigError` for fewer than two seeds or no prompt, and when no prompt's rewards differ.
     """
-    if seeds < 2 or not prompts:
-        raise ConfigError(f"ranking needs at least one prompt and two seeds, got {len(prompts)} and {seeds}.")
-    network, judge = load_backbone(backbone), load_judge(reward)
-    side = (resolution or network.native_resolution) // network.latent_factor
-    shape = (network.latent_channels, side, side)
-    grid = network.sigmas(steps, (side, side))
-    reader = _Reader(dict(estimators), judge, grid, closest_steps(grid, sigmas))
-    context = _context(network, judge, prompts, guidance_scale)
-    rows = torch.arange(len(prompts) * seeds)
-    for part in track(rows.split(batch), "ranking", -(-len(rows) // batch), progress):
-        owners = part // seeds
-        first = int(owners[0])
-        noise = initial_noise(seed, range(first, int(owners[-1]) + 1), seeds, shape).flatten(0, 1)
-        reader.read(noise[part - first * seeds].to(network.device), context.index(owners))
-    result = reader.result(tuple(sigmas), seeds)
-    if not bool(result.ranked.any()):
-        raise ConfigError("no prompt's seeds differ in their reward, so there is nothing to rank.")
-    return result
+    trajectories = Trajectories(
+        backbone=load_backbone(backbone), reward=load_judge(reward), prompts=tuple(prompts), seeds=seeds, steps=steps,
+        guidance_scale=guidance_scale, sigmas=tuple(sigmas), resolution=resolution, seed=seed, batch=batch,
+    )  # fmt: skip
+    return trajectories.follow(estimators, "ranking", progress)
 
 
-def _context(backbone: Backbone, reward: AnyReward, prompts: Sequence[str], guidance_scale: float) -> Prompted:
-    """One sample a prompt."""
-    condition = backbone.encode_prompts(list(prompts)).to(backbone.device)
-    denoiser = Denoiser(backbone, condition, backbone.null_condition().to(backbone.device), guidance_scale)
-    return Prompted(denoiser, reward_condition(reward, prompts).to(backbone.device))
+@attrs.frozen(eq=False)
+class OwnNoise:
+    """``kernel`` with its noise drawn already, each row's from a generator of its own (on the CPU): no noise is left in
+    its transitions, and a sample does not depend on what it shares a batch with."""
+
+    kernel: Kernel
+    generators: Sequence[torch.Generator]
+
+    def __call__(self, prediction: Prediction, sigma_next: Tensor) -> Transition:
+        transition = self.kernel(prediction, sigma_next)
+        if not bool((transition.std > 0).any()):
+            return transition
+        shape = transition.mean.shape[1:]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
+        return Transition(transition.sample(noise.to(transition.mean)), torch.zeros_like(transition.std))
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Trajectories:
+    """``seeds`` samples of every prompt as the generator draws them, and the steps closest to the noise levels
+    ``sigmas``, where they are read.
+
+    Row ``prompt * seeds + n`` starts from the noise of particle ``n`` in ``align`` with the same ``seed``; the noise of
+    ``kernel`` is each row's own. Raises :class:`ConfigError` for fewer than two seeds or no prompt.
+    """
+
+    backbone: Backbone
+    reward: AnyReward
+    prompts: tuple[str, ...]
+    seeds: int
+    steps: int
+    guidance_scale: float
+    sigmas: tuple[float, ...]
+    resolution: int | None = None
+    seed: int = 0
+    batch: int = 64
+    kernel: Kernel = attrs.field(factory=Ode)
+
+    def __attrs_post_init__(self) -> None:
+        if self.seeds < 2 or not self.prompts:
+            counts = f"{len(self.prompts)} and {self.seeds}"
+            raise ConfigError(f"ranking needs at least one prompt and two seeds, got {counts}.")
+
+    @property
+    def side(self) -> int:
+        """Of the latents."""
+        return (self.resolution or self.backbone.native_resolution) // self.backbone.latent_factor
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """``[steps + 1]`` falling noise levels."""
+        return self.backbone.sigmas(self.steps, (self.side, self.side))
+
+    @property
+    def levels(self) -> list[int]:
+        """The step that is read for each of ``sigmas``."""
+        return closest_steps(self.grid, self.sigmas)
+
+    @cached_property
+    def contexts(self) -> Prompted:
+        """One sample a prompt."""
+        device = self.backbone.device
+        with torch.no_grad():
+            condition = self.backbone.encode_prompts(list(self.prompts)).to(device)
+            null = self.backbone.null_condition().to(device)
+            compared = reward_condition(self.reward, self.prompts).to(device)
+        return Prompted(Denoiser(self.backbone, condition, null, self.guidance_scale), compared)
+
+    def context(self, rows: Tensor) -> Prompted:
+        """One sample a row."""
+        return self.contexts.index(rows // self.seeds)
+
+    def noise(self, rows: Tensor) -> Tensor:
+        """What the rows start from, ``[R, C, h, w]``."""
+        shape = (self.backbone.latent_channels, self.side, self.side)
+        seeds = [stream_seed(self.seed, row // self.seeds, row % self.seeds) for row in rows.tolist()]
+        return seeded_noise(seeds, shape, self.backbone.device)
+
+    def own_kernel(self, rows: Tensor) -> OwnNoise:
+        """The kernel of the rows' transitions, from its start."""
+        # Four numbers: no stream of fewer, such as an initial noise or a Monte Carlo rollout's, is ever the same.
+        streams = ((row // self.seeds, row % self.seeds, 0, 0) for row in rows.tolist())
+        generators = [torch.Generator().manual_seed(stream_seed(self.seed, *stream)) for stream in streams]
+        return OwnNoise(self.kernel, generators)
+
+    @torch.no_grad()
+    def follow(self, estimators: Mapping[str, Estimator], label: str, progress: bool = True) -> Ranking:
+        """Read each estimator along every sample; raises :class:`ConfigError` when no prompt's rewards differ."""
+        reader = _Reader(dict(estimators), self.reward, self.grid, self.levels)
+        rows = torch.arange(len(self.prompts) * self.seeds)
+        for part in track(rows.split(self.batch), label, -(-len(rows) // self.batch), progress):
+            reader.read(self.noise(part), self.context(part), self.own_kernel(part))
+        result = reader.result(self.sigmas, self.seeds)
+        if not bool(result.ranked.any()):
+            raise ConfigError("no prompt's seeds differ in their reward, so there is nothing to rank.")
+        return result
+
+    def latents(self, rows: Tensor) -> Tensor:
+        """``[L, R, C, h, w]``: what :meth:`follow` reads of these rows at each level."""
+        parts = []
+        for part in rows.split(self.batch):
+            seen: dict[int, Tensor] = {}
+
+            def keep(step: int, latents: Tensor, prediction: Prediction, seen: dict[int, Tensor] = seen) -> None:
+                if step in self.levels:
+                    seen[step] = latents
+
+            noise, context = self.noise(part), self.context(part)
+            grid = self.grid.to(noise.device)
+            sample(context.denoiser, noise, grid, kernel=self.own_kernel(part), callback=keep)
+            parts.append(torch.stack([seen[step] for step in self.levels]))
+        return torch.cat(parts, 1)
 
 
 @attrs.define(eq=False)
@@ -130,7 +225,7 @@ class _Reader:
     costs: dict[str, CostMeter] = attrs.field(factory=dict)
     generation: CostMeter = attrs.field(factory=CostMeter)
 
-    def read(self, noise: Tensor, context: Prompted) -> None:
+    def read(self, noise: Tensor, context: Prompted, kernel: Kernel) -> None:
         """One batch of trajectories from ``noise [B, C, h, w]``."""
         read: dict[tuple[str, int], Tensor] = {}
 
@@ -141,7 +236,7 @@ class _Reader:
                         read[name, step] = estimator(latents, prediction.sigma, context, prediction).float().cpu()
 
         with self.generation:
-            clean = sample(context.denoiser, noise, self.grid.to(noise.device), callback=look)
+            clean = sample(context.denoiser, noise, self.grid.to(noise.device), kernel=kernel, callback=look)
             rewards, _ = clean_reward(clean, context, self.reward)
         self.rewards.append(rewards.float().cpu())
         self.values.append(read)

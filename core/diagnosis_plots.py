@@ -1,0 +1,82 @@
+"""The picture of a diagnosis: ranking, calibration, gradient and cost of every estimator, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, open_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#D55E00", BLACK)
+_MARKERS = "os^Dv<>P"
+_SLOPES = (-1.0, 3.0)
+"""What the slope's panel shows at most: where a value hardly varies, slope and error have no bound."""
+
+
+def diagnosis_panels(report: Mapping[str, Any], kernel: str, path: Path) -> None:
+    """Rank correlation, calibration slope and gradient cosine against the noise level, and seconds a latent.
+
+    ``report`` is ``Diagnosis.report()`` and ``kernel`` what its trajectories are called. A diagnosis without gradients
+    has no panel of them.
+    """
+    reference = report["reference"]
+    with open_figure(path, 11, 8) as figure:
+        panels = figure.subplots(2, 2).flatten()
+        _lines(panels[0], report, "rank")
+        panels[0].axhline(0, color=GREY, linewidth=0.8)
+        panels[0].set_ylim(min(-0.1, panels[0].get_ylim()[0]), 1.05)
+        decorate(panels[0], "Which seed of a prompt will end best", "noise level sigma", "rank correlation in a prompt")
+        _lines(panels[1], report, "within_slope")
+        panels[1].axhline(1, color=BLACK, linestyle="--", linewidth=0.8)
+        low, high = panels[1].get_ylim()
+        panels[1].set_ylim(max(_SLOPES[0], min(low, 0.0)), min(_SLOPES[1], max(high, 1.5)))
+        decorate(panels[1], "Reward gained per unit of value (1: calibrated)", "noise level sigma", "slope in a prompt")
+        if reference is None:
+            panels[2].set_axis_off()
+        else:
+            _lines(panels[2], report, "cosine")
+            label = f"exact gradient, about ({reference['rollouts']} rollouts)"
+            line = panels[2].plot(report["sigma"], reference["ceiling"], color=BLACK, linestyle="--", label=label)
+            panels[2].axhline(0, color=GREY, linewidth=0.8)
+            panels[2].legend(handles=line, frameon=False, fontsize=8)
+            decorate(panels[2], "Gradient beside that of many rollouts", "noise level sigma", "mean cosine")
+        _costs(panels[3], report["estimators"])
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        counts = f"{report['prompts']} prompts with {report['seeds']} seeds"
+        figure.suptitle(f"Value estimators along {kernel} samples, {counts}, ± one standard error", fontsize=13)
+
+
+def _styles(names: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    return zip(names, cycle(_COLOURS), cycle(_MARKERS), strict=False)
+
+
+def _lines(axes: Axes, report: Mapping[str, Any], figure: str) -> None:
+    """One line an estimator, broken where the figure is not defined."""
+    for name, colour, marker in _styles(report["estimators"]):
+        found = report["estimators"][name]
+        levels = [math.nan if level is None else level for level in found[figure]]
+        errors = [error or 0.0 for error in found[f"{figure}_stderr"]]
+        axes.errorbar(report["sigma"], levels, errors, color=colour, marker=marker, capsize=3, markersize=4, label=name)
+
+
+def _costs(axes: Axes, estimators: Mapping[str, Any]) -> None:
+    """Milliseconds a latent on a logarithmic axis: full bars forward, pale ones with the gradient."""
+    for row, (name, colour, _) in enumerate(_styles(estimators)):
+        cost = estimators[name]["cost"]
+        for place, (kind, alpha) in enumerate((("forward", 1.0), ("gradient", 0.45))):
+            if kind in cost:
+                time = max(1000 * cost[kind]["seconds"], 1e-3)
+                axes.barh(row + 0.36 * place, time, height=0.34, color=colour, alpha=alpha)
+                axes.annotate(f" {time:.3g}", (time, row + 0.36 * place), va="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.set_yticks([row + 0.18 for row in range(len(estimators))], list(estimators))
+    axes.invert_yaxis()
+    decorate(axes, "What one latent costs (pale: with its gradient)", "milliseconds")

@@ -1,0 +1,76 @@
+"""A diagnosis in a folder: one kernel after the other, each kept as soon as it is done, with JSON and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .backbone import Backbone
+from .diagnosis import DiagnosisSettings, diagnose, diagnosis_settings
+from .diagnosis_plots import diagnosis_panels
+from .errors import ArtefactError, ConfigError
+from .estimators import Estimator
+from .files import make_folder, read_json, write_json
+from .joint import AnyReward, load_judge
+from .kernels import Ancestral, Kernel
+from .loading import load_backbone
+from .provenance import versions
+
+REPORT = "diagnosis.json"
+
+
+def run_diagnosis(
+    backbone: str | Backbone,
+    estimators: Mapping[str, Estimator],
+    reward: str | AnyReward,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    kernels: Mapping[str, Kernel],
+    rollout_kernel: Kernel | None = None,
+    batch: int = 64,
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """:func:`diagnose` under each of ``kernels``, and what ``diagnosis.json`` holds: ``Diagnosis.report()`` of each
+    under ``kernels``, ``seed`` and ``versions``.
+
+    ``settings`` are those of :class:`DiagnosisSettings`. Writes ``parts/KERNEL.json`` when a kernel is done, which is
+    not repeated with the same settings, and ``diagnosis-KERNEL.png``. Raises as :func:`diagnose`, and ``OutputError``
+    when ``out`` cannot be written.
+    """
+    if not kernels:
+        raise ConfigError("diagnose: no kernel was given; name at least one, such as {'sde': Sde()}.")
+    network, judge, checked = load_backbone(backbone), load_judge(reward), DiagnosisSettings(**settings)
+    rollout_kernel = rollout_kernel or Ancestral()
+    folder = make_folder(out)
+    parts = make_folder(folder / "parts")
+    found: dict[str, Any] = {}
+    for name, kernel in kernels.items():
+        path, picture = parts / f"{name}.json", folder / f"diagnosis-{name}.png"
+        known = diagnosis_settings(network, estimators, judge, prompts, checked, kernel, rollout_kernel)
+        part = _kept(path, known)
+        if part is None:
+            diagnosis = diagnose(
+                network, estimators, judge, prompts, kernel=kernel, rollout_kernel=rollout_kernel, batch=batch,
+                progress=progress, **settings,
+            )  # fmt: skip
+            part = diagnosis.report()
+            write_json(path, part)
+            picture.unlink(missing_ok=True)
+        found[name] = part
+        if not picture.exists():
+            diagnosis_panels(part, name, picture)
+    report = {"kernels": found, "seed": checked.seed, "versions": versions()}
+    write_json(folder / REPORT, report)
+    return report
+
+
+def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The part an earlier run with these settings left; None where there is none, or a damaged one."""
+    try:
+        part = read_json(path)
+    except ArtefactError:
+        return None
+    return part if part.get("settings") == settings else None
