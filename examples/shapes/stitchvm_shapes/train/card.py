@@ -14,7 +14,7 @@ from ..constants import GUIDANCE, MAX_SEQUENCE_LENGTH, SCHEDULER_SHIFT, STEPS
 from ..preferences import TEMPERATURE
 from ..scenes import MAX_TOKENS, vocabulary
 from ..taste import FARTHEST, NEAREST, RATING_NOISE, SIZE_APPEAL, TERM_WEIGHTS, TEXTURE_APPEAL
-from . import aesthetic, dino, flux
+from . import aesthetic, dino, flux, hps
 from .stages import LATENTS, Plan
 
 _PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy")
@@ -64,10 +64,10 @@ def _descriptions() -> dict[str, str]:
         "clip": '`shapes-clip/`: open_clip model, `open_clip.create_model_from_pretrained("local-dir:...")`.',
         "hps": f"""
   `shapes-hps/`: open_clip model, `shapes-clip` finetuned on choices between two pictures of one
-  prompt, by the cross-entropy of the preferred one under the softmax of the two image-text logits, and of each
-  picture's own
-  caption. The pairs are made by `stitchvm_shapes.preferences`: a hidden utility (wrong attributes, then fog, blur,
-  grain, balance, look), and simulated people's choices after Bradley and Terry at temperature {TEMPERATURE:g}.""",
+  prompt, by the cross-entropy of the preferred one under the softmax of the two cosines at a scale of
+  {hps.PREFERENCE_SCALE:g}, and of each picture's own caption. The pairs are made by `stitchvm_shapes.preferences`: a
+  hidden utility (wrong attributes, then fog, blur, grain, balance, look), and simulated people's choices after Bradley
+  and Terry at temperature {TEMPERATURE:g}.""",
         "aesthetic": f"""
   `shapes-clip/{aesthetic.FILENAME}`: linear maps {layers} of `shapes-clip`'s unit image
   embedding to a rating from 1 to 10, fitted to {aesthetic.RATED:,} ratings with noise of deviation {RATING_NOISE:g}.
