@@ -281,4 +281,6 @@ def estimator_identity(estimator: Estimator | None) -> Any:
         return kind.__name__
     fields = {field.name: getattr(estimator, field.name) for field in attrs.fields(kind)}
     plain_ones = {name: value for name, value in fields.items() if isinstance(value, (bool, int, float, str))}
+    if "kernel" in fields:
+        plain_ones["kernel"] = repr(fields["kernel"])
     return {"name": kind.__name__, **plain_ones} if plain_ones else kind.__name__

@@ -138,10 +138,9 @@ def diagnose(
     first ``gradient_prompts`` prompts, with that of a Monte Carlo estimate of ``gradient_rollouts`` rollouts of
     ``rollout_steps`` steps, whose noise no estimator sees. These rollouts run under ``rollout_kernel`` whatever
     ``kernel``: by default ``Ancestral()``, which samples ``p(z0 | z_t)`` and has its mean right at any number of steps
-    where the denoiser is linear. ``MonteCarlo``'s own default, ``Sde()``, does neither, and under the ODE all rollouts
-    from one ``z_t`` are the same. ``guidance_scale`` of classifier-free guidance: 3, or 1 for a distilled backbone.
-    ``batch`` bounds the samples of one network pass and changes nothing else; a gradient through a rollout keeps the
-    graphs of all its steps.
+    where the denoiser is linear; under the ODE all rollouts from one ``z_t`` are the same. ``guidance_scale`` of
+    classifier-free guidance: 3, or 1 for a distilled backbone. ``batch`` bounds the samples of one network pass and
+    changes nothing else; a gradient through a rollout keeps the graphs of all its steps.
 
     Raises :class:`ConfigError` for no prompt or estimator, a setting out of its range, rewards that are all the same
     within each prompt or an estimator without a gradient, and :class:`NonFiniteError` for a value, reward or gradient

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .estimators import Prompted
 from .joint import AnyReward
-from .kernels import Kernel, Sde
+from .kernels import Ancestral, Kernel
 from .paths import Prediction, as_sigma
 from .sampling import seeded_noise
 from .seeds import stream_seed
@@ -54,15 +54,13 @@ def levels_below(schedule: Tensor, sigma: Tensor) -> Tensor:
 
 @attrs.frozen(eq=False)
 class MonteCarlo:
-    """The mean reward of ``rollouts`` denoisings of ``z_t`` by ``kernel`` in ``steps``: ``E[r(z0) | z_t]`` where they
-    end as the kernel's own sampler would.
+    """The mean reward of ``rollouts`` denoisings of ``z_t`` by ``kernel`` in ``steps``: ``E[r(z0) | z_t]``.
 
     As steps shrink this is the posterior of the forward process (what ``E[z0 | z_t]`` and a trained value are means of)
     for :class:`Ancestral`, whose mean is right at any number of steps where the denoiser is linear and whose variance
     grows to the posterior's, to first order in the steps' size; on the flow path also for ``Sde("grpo", 2 ** 0.5)``. A
     kernel with other noise keeps the marginal of ``z0`` but not ``z0`` given ``z_t``: the less of it :class:`Sde` puts
-    back, the closer rollouts stay to where the ODE leads. So the default is the value of sampling on by the SDE, and
-    ``kernel=Ancestral()`` that of the posterior.
+    back, the closer rollouts stay to where the ODE leads. With ``kernel=Sde()`` it is the value of sampling on by that.
 
     ``soft``: ``(1 / strength) log E[exp(strength r(z0)) | z_t]`` in its place, ``strength`` in inverse units of the
     reward; as the log of a mean of few it is too low, by ``Var[exp(strength r)] / E[exp(strength r)]^2 / (2 strength
@@ -87,7 +85,7 @@ class MonteCarlo:
     steps: int = attrs.field(default=8, validator=_at_least(1))
     soft: bool = False
     strength: float = attrs.field(default=1.0, validator=_positive)
-    kernel: Kernel = attrs.field(factory=Sde)
+    kernel: Kernel = attrs.field(factory=Ancestral)
     seed: int = attrs.field(default=0, validator=_at_least(0))
 
     def __call__(

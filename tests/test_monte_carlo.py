@@ -160,7 +160,7 @@ def test_fine_ancestral_rollouts_end_in_the_posterior(path):
     missing = []
     for steps in (32, 128, 512):
         levels = levels_below(backbone.sigmas(steps, (2, 2)), torch.tensor([sigma]))[:, 0]
-        found = linear_moments(reward, latent, chain(backbone, Ancestral(), levels))
+        found = linear_moments(reward, latent, chain(backbone, MonteCarlo(reward).kernel, levels))
         assert found[0] == pytest.approx(float(reward.expectation(mean, variance)), abs=1e-5)
         missing.append(1 - found[1] / (float(variance) * SQUARES / 4))
     assert missing[0] < 0.13
