@@ -5,7 +5,6 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from scipy.stats import spearmanr
 
@@ -123,10 +122,16 @@ def test_views_keep_the_picture_but_for_a_cut_out_and_small_changes(pictures):
     assert along > mirrored
 
 
-def test_neighbours_and_ranks_have_their_closed_forms():
-    gallery = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=-1)
-    right, chance = dino.nearest_accuracy(gallery[[0, 2]], ["a", "b"], gallery, ["a", "a", "b"], k=1)
-    assert (right, chance) == (1.0, 0.5)
+def test_probes_and_ranks_have_their_closed_forms():
+    draw = torch.Generator().manual_seed(0)
+    gallery, queries = torch.randn(400, 3, generator=draw), torch.randn(200, 3, generator=draw)
+    known, labels = ([("low", "high")[int(x > 0)] for x in one[:, 0].tolist()] for one in (gallery, queries))
+    right, chance = dino.probe_accuracy(queries, labels, gallery, known)
+    assert right > 0.95
+    # Of a label that the embedding says nothing of, no more is known than chance has: 4 standard errors of 1 in 2.
+    blind, half = dino.probe_accuracy(queries[:, 1:], labels, gallery[:, 1:], known)
+    assert abs(blind - half) < 4 * (0.5 * 0.5 / 200) ** 0.5 + abs(half - 0.5)
+    assert chance == half == labels.count(max(set(known), key=known.count)) / 200
     assert dino.effective_rank(torch.cat([torch.eye(4), -torch.eye(4)])) == pytest.approx(4, rel=1e-4)
     assert dino.effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(1, rel=1e-4)
 

@@ -98,10 +98,9 @@ agreement with noisy choices and `labels` how often these agree with the utility
 `spearman` with the noiseless formula, `spearman_noisy` with noisy ratings, `spearman_raters` of the
 formula with those, `error` the root mean square in points.""",
     "dino": f"""
-`nearest_*` is how often the commonest label among the ten nearest of {dino.GALLERY:,} training scenes
-is right (`colours`: the whole set; `colour` and `shape`: in scenes of one object), `chance_*` the same for always
-naming
-the commonest; `mean_cosine` of different scenes; `effective_rank` of at most 128.""",
+`probe_*` is how often a linear classifier of embeddings, fitted to {dino.GALLERY:,} training scenes, is right (`colour`
+and `shape`: in scenes of one object), `chance_*` the same for always naming the commonest; `mean_cosine` of different
+scenes; `effective_rank` of at most 128.""",
 }
 
 
