@@ -11,6 +11,8 @@ from PIL import Image
 
 from stitchvm_shapes.constants import GUIDANCE, MAX_SEQUENCE_LENGTH, WEIGHTS
 from stitchvm_shapes.detector import ATTRIBUTES, Detector
+from stitchvm_shapes.scenes import MAX_TOKENS
+from stitchvm_shapes.train import flux
 from stitchvm_shapes.train.data import Pictures, as_float, held_out
 from stitchvm_shapes.train.detector import evaluate as evaluate_detector
 from stitchvm_shapes.train.measure import MODELS, Measured, measure, training_of
@@ -125,3 +127,17 @@ def test_the_pipeline_has_no_place_holder_tokens(pipe):
     tokens, _, pooled, _ = pipe.encode_prompt("a large red circle", None, None, max_sequence_length=MAX_SEQUENCE_LENGTH)
     assert tokens.shape == (1, 24, 192)
     assert pooled.shape == (1, 192)
+
+
+def test_flux_generates_what_captions_say_in_one_pass_a_step(pictures):
+    """With its guidance embedded, through diffusers' own pipeline, as `test_the_pipeline_generates_what_captions_say`."""
+    captions = [caption for caption in pictures.captions if len(caption.split(" a ")) == 2][:16]
+    generator = torch.Generator().manual_seed(0)
+    settings = {"guidance_scale": GUIDANCE, "num_inference_steps": 16, "max_sequence_length": MAX_TOKENS}
+    images = flux.load(WEIGHTS / "shapes-flux")(
+        captions, height=64, width=64, generator=generator, output_type="pt", **settings
+    ).images
+    rates = Detector.load().attributes(images, captions)
+    assert rates["backgrounds"].mean() > 0.8
+    assert rates["colours"].mean() > 0.6
+    assert rates["shapes"].mean() > 0.6

@@ -27,18 +27,17 @@ from .loop import Loop, Schedule, Settings, Task, averaged, write_atomically
 from .teacher import Teacher
 from .tokens import build_tokenizer
 
-#: Optimiser steps of each model at scale 1; those of hps, dino, flux and unet are not enough yet, which is why these
-#: are not shipped.
+#: Optimiser steps of each model at scale 1; those of dino and unet are plans, which is why these are not shipped.
 STEPS = {
     "vae": 2000,
     "clip": 1000,
     "detector": 500,
     "hps": 600,
     "aesthetic": 4000,
-    "dino": 900,
+    "dino": 1500,
     "mmdit": 4200,
-    "flux": 2000,
-    "unet": 2000,
+    "flux": 1900,
+    "unet": 4000,
 }
 #: Scenes whose latents the backbones are trained on.
 LATENTS = 40_000
