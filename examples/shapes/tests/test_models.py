@@ -130,7 +130,7 @@ def test_the_pipeline_has_no_place_holder_tokens(pipe):
 
 
 def test_flux_generates_what_captions_say_in_one_pass_a_step(pictures):
-    """With its guidance embedded, through diffusers' own pipeline, as `test_the_pipeline_generates_what_captions_say`."""
+    """With its guidance embedded, through diffusers' own pipeline."""
     captions = [caption for caption in pictures.captions if len(caption.split(" a ")) == 2][:16]
     generator = torch.Generator().manual_seed(0)
     settings = {"guidance_scale": GUIDANCE, "num_inference_steps": 16, "max_sequence_length": MAX_TOKENS}
