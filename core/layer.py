@@ -12,10 +12,12 @@ BOTTLENECK = 8
 
 def resample(grid: Tensor, side: int) -> Tensor:
     """``Up``: bilinear ``[B, C, H, W]`` to ``[B, C, side, side]``, antialiased when it shrinks; the identity at equal
-    size."""
+    size. In float32 at least: torch has no antialiasing in half precision on the CPU."""
     if grid.shape[-2:] == (side, side):
         return grid
-    return F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    wide = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    resized = F.interpolate(wide, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    return resized.to(grid.dtype)
 
 
 class StitchingLayer(nn.Module):

@@ -213,3 +213,14 @@ def test_a_failed_save_leaves_the_old_artefact(
     with pytest.raises(core.OutputError, match="No space left"):
         stitched.save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_a_layer_in_half_precision_resamples_down_as_in_single():
+    """A larger grid than the reward's, which needs antialiasing; bfloat16 rounds to about 1 part in 256."""
+    layer = StitchingLayer(4, 6, 3)
+    grid = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = layer(grid)
+        found = layer.to(torch.bfloat16)(grid.to(torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
