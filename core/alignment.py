@@ -23,7 +23,7 @@ from .loading import load_aligner, load_backbone, name_of
 from .monte_carlo import MonteCarlo
 from .particles import initial_noise, step_generators
 from .problem import Aligner, AlignProblem, BegunPasses
-from .provenance import model_identity, weights_digest
+from .provenance import network_identity, weights_digest
 from .sampling import Denoiser
 from .structuring import plain, structure
 from .value import StitchedValue
@@ -144,10 +144,10 @@ class _Job:
         settings = {
             "method": self.name, "method_settings": plain(self.method), "estimator": estimator_identity(self.estimator),
             "backbone": {
-                **model_identity(self.backbone), "weights": weights_digest(self.backbone.net),
+                **network_identity(self.backbone),
                 **({} if self.backbone.guidance is None else {"guidance": self.backbone.guidance}),
             },
-            "reward": {**model_identity(self.reward), "weights": weights_digest(self.reward.net)},
+            "reward": network_identity(self.reward),
             "particles": self.particles, "seed": self.seed, "steps": self.steps,
             "guidance_scale": float(self.guidance_scale), "reuse": self.reuse, "resolution": self.resolution,
             "prompts": digest,

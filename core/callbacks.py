@@ -22,7 +22,7 @@ from .kernels import Ode
 from .loading import backbone_from
 from .particles import Resampling, step_generators
 from .paths import Prediction, as_sigma, spread
-from .resampling import RESAMPLERS, effective_sample_size
+from .resampling import RESAMPLERS, draw_ancestors
 from .value import StitchedValue
 from .windows import Window, steps_within
 
@@ -264,15 +264,9 @@ class ResamplingCallback(StepCallback):
 
     def _resample(self, values: Tensor, step: _Step) -> Tensor:
         """Ancestors ``[P, N]``, the identity where weights are carried on, from values ``[P, N]``."""
-        count = values.shape[1]
         past = torch.zeros_like(values) if self.log_weights is None else self.log_weights
         weights = past + self.strength * (values if self._last is None else values - self._last)
-        size = effective_sample_size(weights)
-        # Rounding may put the size of equal weights a hair above N, and 1 means always.
-        chosen = size <= self.ess_threshold * count * (1 + 1e-9)
-        ancestors = torch.arange(count).repeat(len(values), 1)
-        for prompt in chosen.nonzero().flatten().tolist():
-            ancestors[prompt] = RESAMPLERS[self.resampler](weights[prompt].softmax(0), self._generators[prompt])
+        size, chosen, ancestors = draw_ancestors(weights, self.resampler, self.ess_threshold, self._generators)
         self.history.append(Resampling(step.number, step.sigma, values.float(), size.float(), chosen, ancestors))
         self.log_weights = weights.masked_fill(chosen[:, None], 0)
         self._last = values.gather(1, ancestors)

@@ -27,7 +27,7 @@ from .gradients import Gradients, compare_gradients, per_latent
 from .joint import AnyReward, load_judge
 from .kernels import Ancestral, Kernel, Ode
 from .loading import load_backbone
-from .provenance import model_identity, versions, weights_digest
+from .provenance import network_identity, versions
 from .ranking import SIGMAS, Ranking, Trajectories
 
 Figure = tuple[float | None, float | None]
@@ -190,7 +190,7 @@ def diagnosis_settings(
         raise ConfigError(f"diagnose: prompts must be a list of strings, got {prompts!r}.")
     scale = default_guidance(backbone) if settings.guidance_scale is None else settings.guidance_scale
     models = {
-        name: {**model_identity(network), "weights": weights_digest(network.net)}
+        name: network_identity(network)
         for name, network in (("backbone", backbone), ("reward", reward))
     }
     named = {name: [estimator_identity(each), repr(getattr(each, "kernel", None))] for name, each in estimators.items()}

@@ -28,7 +28,7 @@ from .loading import load_backbone, load_dataset_plugin, load_reward
 from .matrix_report import assemble, cell_name, write_matrix
 from .metrics import metric_of
 from .progress import track
-from .provenance import model_identity, versions, weights_digest
+from .provenance import network_identity, versions
 from .recipes import recipe as named_recipe
 from .records import MetricKind, Record
 from .registries import registry
@@ -182,7 +182,7 @@ class _Job:
     def _do(self, backbone: str, reward: str) -> None:
         path = self.folder / "cells" / f"{cell_name(backbone, reward)}.json"
         network, judge = self._load(backbone), load_reward(reward)
-        models = {"backbone": _identity(network), "reward": _identity(judge)}
+        models = {"backbone": network_identity(network), "reward": network_identity(judge)}
         settings = {"shared": self.shared(), "models": json.loads(json.dumps(models)), "metric": metric_of(judge)}
         if path.exists() and read_json(path)["settings"] == settings:
             return
@@ -211,10 +211,6 @@ class _Job:
         if (metric, split) not in self._drawn:
             self._drawn[metric, split] = SkillData.draw(metric, self.dataset, count, self.seed, split)
         return self._drawn[metric, split]
-
-
-def _identity(network: Backbone | Reward) -> dict[str, Any]:
-    return {**model_identity(network), "weights": weights_digest(network.net)}
 
 
 @attrs.frozen(eq=False)

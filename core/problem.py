@@ -137,7 +137,8 @@ class AlignProblem:
             with PassKeeper() as kept:
                 values.append(estimator(latents[part], level[part], context, known))
             begun.append(self._finishable(kept))
-        self.begun.keep(begun)
+        # With a prediction at hand the latents have been denoised: nobody will finish the head's pass.
+        self.begun.keep(begun if prediction is None else [])
         return self._checked(torch.cat(values).float(), latents, sigma, owners)
 
     def look(self, latents: Tensor, sigma: Tensor) -> Look:
@@ -175,9 +176,14 @@ class AlignProblem:
         drawn = self.draw(transition.repeat(count))
         return drawn, self.estimate(drawn, sigma)
 
-    def _estimator(self) -> Estimator:
+    def require_value(self, method: str) -> None:
+        """Raise :class:`ConfigError` where there is no estimator to steer ``method`` by."""
         if self.estimator is None:
-            raise ConfigError("this method steers by a value; pass value=, a stitched value model or 'tweedie'.")
+            raise ConfigError(f"{method} needs a value: a stitched value model, another estimator or 'tweedie'.")
+
+    def _estimator(self) -> Estimator:
+        self.require_value("this method")
+        assert self.estimator is not None
         return self.estimator
 
     def _finishable(self, kept: PassKeeper) -> BegunPass | None:

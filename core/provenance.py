@@ -47,6 +47,11 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def network_identity(network: Any) -> dict[str, Any]:
+    """JSON-able: :func:`model_identity` with a digest of the weights."""
+    return {**model_identity(network), "weights": weights_digest(network.net)}
+
+
 def model_identity(network: Any) -> dict[str, Any]:
     """JSON-able: name, family, repo and revision of a loaded network; a network built by hand has only its class
     name."""

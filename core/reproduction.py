@@ -30,11 +30,11 @@ from .loading import load_backbone, load_dataset_plugin, load_reward
 from .matrix import Scale, World
 from .metrics import metric_of
 from .progress import track
-from .provenance import versions, weights_digest
+from .provenance import network_identity, versions, weights_digest
 from .recipes import recipe as named_recipe
 from .reproduction_report import Expected, assemble, read_cell, write_report
 from .reproduction_tables import Pair, Row, Settings, Table, table_of
-from .reproduction_values import ValueModels, equivalents, identity, misfit, pass_costs
+from .reproduction_values import ValueModels, equivalents, misfit, pass_costs
 from .reward import Reward
 from .value import StitchedValue
 
@@ -165,7 +165,7 @@ class _Job:
         row, network, judge = each.row, self._load(each.backbone), self.judges[each.reward]
         value, reason = self._value(row, network, judge)
         known = {
-            "backbone": identity(network), "reward": identity(judge),
+            "backbone": network_identity(network), "reward": network_identity(judge),
             "value": None if value is None else weights_digest(value.branches),
         }  # fmt: skip
         known = json.loads(json.dumps(known))

@@ -23,7 +23,7 @@ from .matrix import Scale
 from .matrix_report import cell_name
 from .metering import metered
 from .metrics import metric_of
-from .provenance import model_identity, weights_digest
+from .provenance import network_identity
 from .reward import Reward
 from .seeds import stream_seed
 from .skills import SkillData
@@ -32,11 +32,6 @@ from .value import StitchedValue
 
 SAME_PICTURE = 0.01
 """How far two decodings of one latent may lie apart, pixels in [0, 1]: one autoencoder in two precisions does not."""
-
-
-def identity(network: Backbone | Reward) -> dict[str, Any]:
-    """JSON-able; tells a network from a retrained one of the same name."""
-    return {**model_identity(network), "weights": weights_digest(network.net)}
 
 
 @attrs.define(eq=False)
@@ -94,7 +89,8 @@ class ValueModels:
         name = cell_name(name_of(backbone), name_of(reward))
         place = self.folder / "models" / name
         made = {
-            "backbone": identity(backbone), "reward": identity(reward), "scale": attrs.asdict(self.scale),
+            "backbone": network_identity(backbone), "reward": network_identity(reward),
+            "scale": attrs.asdict(self.scale),
             "recipe": attrs.asdict(self.recipe), "seed": self.seed,
         }  # fmt: skip
         made = json.loads(json.dumps(made))

@@ -7,7 +7,7 @@ count may be from that (Gerber, Chopin and Whiteley 2019; Douc, Cappé and Mouli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +91,20 @@ RESAMPLERS: dict[str, Resampler] = {
     "residual": residual,
     "ssp": ssp,
 }
+
+
+def draw_ancestors(
+    log_weights: Tensor, resampler: str, ess_threshold: float, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Effective sample sizes ``[P]``, which prompts are resampled ``[P]`` and ancestors ``[P, N]``, the identity where
+    not: those prompts, each by its generator, whose size is at most ``ess_threshold`` of the particles."""
+    particles, size = log_weights.shape[1], effective_sample_size(log_weights)
+    # Rounding may put the size of equal weights a hair above N, and 1 means always.
+    chosen = size <= ess_threshold * particles * (1 + 1e-9)
+    ancestors = torch.arange(particles).repeat(len(chosen), 1)
+    for prompt in chosen.nonzero().flatten().tolist():
+        ancestors[prompt] = RESAMPLERS[resampler](log_weights[prompt].softmax(0), generators[prompt])
+    return size, chosen, ancestors
 
 
 def _normalised(weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .particles import Particles, Resampling
 from .problem import AlignProblem
-from .resampling import RESAMPLERS, effective_sample_size
+from .resampling import draw_ancestors
 
 
 @attrs.define(eq=False)
@@ -49,13 +49,7 @@ class Swarm:
 
         ``values [P, N]`` are what the weights were made of, for the history.
         """
-        particles, size = self.problem.particles, effective_sample_size(self.log_weights)
-        # Rounding may put the size of equal weights a hair above N, and 1 means always.
-        chosen = size <= ess_threshold * particles * (1 + 1e-9)
-        ancestors = torch.arange(particles).repeat(len(chosen), 1)
-        for prompt in chosen.nonzero().flatten().tolist():
-            weights = self.log_weights[prompt].softmax(0)
-            ancestors[prompt] = RESAMPLERS[resampler](weights, self.problem.generators[prompt])
+        size, chosen, ancestors = draw_ancestors(self.log_weights, resampler, ess_threshold, self.problem.generators)
         self.history.append(Resampling(step, sigma, values.float(), size.float(), chosen, ancestors))
         self.log_weights = self.log_weights.masked_fill(chosen[:, None], 0)
         self.ancestry = self.ancestry.gather(1, ancestors)

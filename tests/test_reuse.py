@@ -23,6 +23,7 @@ from stitchvm.core import (
     StitchedValue,
     Sum,
     Tail,
+    Tweedie,
     align,
     load_aligner,
 )
@@ -224,3 +225,12 @@ def test_cost_of_a_look_depends_on_the_estimator():
     with CostMeter() as cost:
         one.look(one.noise.flatten(0, 1), torch.tensor(0.5))
     assert cost.passes == {"head": 3, "tail": 3, "resumed": 3, "denoiser": 3}
+
+
+def test_a_pass_begun_after_the_denoising_is_not_kept():
+    """A sum with a part that reads the denoiser is asked after it: its stitched part's pass comes too late."""
+    backbone, reward = GaussianBackbone(), LinearReward()
+    both = Sum([Stitched(exact_stitched(backbone, reward)), Tweedie(reward)], [0.5, 0.5])
+    one = problem(backbone, reward, both, particles=3)
+    one.look(one.noise.flatten(0, 1), torch.tensor(0.5))
+    assert one.begun.last is None

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from stitchvm.core import RESAMPLERS, AlignProblem, ConfigError, Look, Particles, Swarm, Transition, spread
+from stitchvm.core import RESAMPLERS, AlignProblem, Look, Particles, Swarm, Transition, spread
 
 from .kernel_settings import KernelSettings
 from .tempering import tempered
@@ -43,14 +43,12 @@ class Das(KernelSettings):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if self.kernel == "ode":
-            raise ConfigError("the ode kernel draws no noise, so there is nothing to shift; use sde or ancestral.")
+        self.refuse_ode("there is nothing to shift")
 
     @torch.no_grad()
     def run(self, problem: AlignProblem) -> Particles:
         """Steer; raises :class:`ConfigError` without an estimator."""
-        if problem.estimator is None:
-            raise ConfigError("das needs a value: a stitched value model, another estimator or 'tweedie'.")
+        problem.require_value("das")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
         swarm = Swarm.start(problem)
         product = torch.zeros_like(swarm.log_weights)  # of the twists that the weights have seen

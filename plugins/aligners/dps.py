@@ -67,8 +67,7 @@ class Dps(KernelSettings):
     @torch.no_grad()
     def run(self, problem: AlignProblem) -> Particles:
         """Guide; raises :class:`ConfigError` without an estimator."""
-        if problem.estimator is None:
-            raise ConfigError("dps needs a value: a stitched value model, another estimator or 'tweedie'.")
+        problem.require_value("dps")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
         guided = steps_within(sigmas, self.window, self.unit, include_end=False)
         latents = problem.noise.flatten(0, 1)

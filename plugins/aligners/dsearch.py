@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from stitchvm.core import AlignProblem, ConfigError, Particles, StepUnit, Window, steps_within
+from stitchvm.core import AlignProblem, Particles, StepUnit, Window, steps_within
 
 from .kernel_settings import KernelSettings, rising_window
 
@@ -35,14 +35,12 @@ class DSearch(KernelSettings):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if self.kernel == "ode":
-            raise ConfigError("the ode kernel draws no noise, so its branches are all the same; use sde or ancestral.")
+        self.refuse_ode("its branches are all the same")
 
     @torch.no_grad()
     def run(self, problem: AlignProblem) -> Particles:
         """Search; raises :class:`ConfigError` without an estimator."""
-        if problem.estimator is None:
-            raise ConfigError("dsearch needs a value: a stitched value model, another estimator or 'tweedie'.")
+        problem.require_value("dsearch")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
         branching = steps_within(sigmas, self.window, self.unit)[:: self.interval]
         shape = problem.noise.shape[:2]

@@ -17,7 +17,6 @@ from torch import Tensor
 from stitchvm.core import (
     RESAMPLERS,
     AlignProblem,
-    ConfigError,
     Particles,
     StepUnit,
     Swarm,
@@ -74,8 +73,8 @@ class FKSteering(KernelSettings):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if self.kernel == "ode" and self.proposals > 1:
-            raise ConfigError("the ode kernel draws no noise, so its proposals are all the same; use sde or ancestral.")
+        if self.proposals > 1:
+            self.refuse_ode("its proposals are all the same")
 
     def resampling_steps(self, sigmas: Tensor) -> list[int]:
         """Before which steps to resample: 8, 12 .. 32 of 40 and 6, 10 .. 22 of 28 (paper, section 5)."""
@@ -92,8 +91,7 @@ class FKSteering(KernelSettings):
     @torch.no_grad()
     def run(self, problem: AlignProblem) -> Particles:
         """Steer; raises :class:`ConfigError` without an estimator."""
-        if problem.estimator is None:
-            raise ConfigError("fk-steering needs a value: a stitched value model, another estimator or 'tweedie'.")
+        problem.require_value("fk-steering")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
         resampling, proposing = self.resampling_steps(sigmas), self.proposal_steps(sigmas)
         swarm, potential = Swarm.start(problem), _Potential.start(self, problem)

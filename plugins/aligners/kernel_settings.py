@@ -42,6 +42,11 @@ class KernelSettings:
     def __attrs_post_init__(self) -> None:
         self.transition_kernel()
 
+    def refuse_ode(self, reason: str) -> None:
+        """For methods that choose among draws, or shift them."""
+        if self.kernel == "ode":
+            raise ConfigError(f"the ode kernel draws no noise, so {reason}; use sde or ancestral.")
+
     def transition_kernel(self) -> Kernel:
         """The kernel with the parameters that were set."""
         kind = KERNELS[self.kernel]

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from stitchvm.core import AlignProblem, ConfigError, Particles, Transition
+from stitchvm.core import AlignProblem, Particles, Transition
 
 from .kernel_settings import KernelSettings
 
@@ -31,14 +31,12 @@ class Rbf(KernelSettings):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if self.kernel == "ode":
-            raise ConfigError("the ode kernel draws no noise, so all its draws are the same; use sde or ancestral.")
+        self.refuse_ode("all its draws are the same")
 
     @torch.no_grad()
     def run(self, problem: AlignProblem) -> Particles:
         """Steer; raises :class:`ConfigError` without an estimator."""
-        if problem.estimator is None:
-            raise ConfigError("rbf needs a value: a stitched value model, another estimator or 'tweedie'.")
+        problem.require_value("rbf")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
         latents = problem.noise.flatten(0, 1)
         budget = torch.zeros(len(latents), dtype=torch.int64)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import attrs
 import torch
 
-from stitchvm.core import AlignProblem, ConfigError, Particles, StepUnit, Window, steps_within
+from stitchvm.core import AlignProblem, Particles, StepUnit, Window, steps_within
 
 from .fk_steering import best_of_proposals
 from .kernel_settings import KernelSettings, rising_window
@@ -33,14 +33,13 @@ class Svdd(KernelSettings):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if self.kernel == "ode" and self.proposals > 1:
-            raise ConfigError("the ode kernel draws no noise, so its proposals are all the same; use sde or ancestral.")
+        if self.proposals > 1:
+            self.refuse_ode("its proposals are all the same")
 
     @torch.no_grad()
     def run(self, problem: AlignProblem) -> Particles:
         """Steer; raises :class:`ConfigError` without an estimator."""
-        if problem.estimator is None:
-            raise ConfigError("svdd needs a value: a stitched value model, another estimator or 'tweedie'.")
+        problem.require_value("svdd")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
         choosing = steps_within(sigmas, self.window, self.unit, include_end=False)
         latents = problem.noise.flatten(0, 1)
