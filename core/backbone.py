@@ -7,14 +7,17 @@ from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
 import attrs
+import torch
 from torch import Tensor
 
 from .conditions import Condition
 from .costs import count
 from .errors import ConfigError, SliceError
 from .paths import Path, Prediction, PredictionKind, as_sigma
+from .records import BackboneRecord
 from .reuse import BegunPass
 from .slicing import Sliced
+from .weights_file import read_weights
 
 
 @attrs.frozen(eq=False)
@@ -96,6 +99,33 @@ class Backbone(Sliced):
             count("denoiser", len(latents))
             output = self.resume(self.head(x, condition, 0), 0)
         return self.path.interpret(self.prediction, output.to(latents.dtype), x.latents, x.sigma)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        record: BackboneRecord,
+        *,
+        cut: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The record's architecture with the weights of one file, in eval mode and frozen; with ``cut`` a head alone.
+
+        The file, ``model.safetensors``, is read whole. A family whose checkpoints have another layout, or are too large
+        for that, overrides this. Raises :class:`WeightsError` for weights that are missing, truncated or of another
+        architecture.
+        """
+        network = cls.build(record.architecture)
+        read_weights(network, record, token=token, local_files_only=local_files_only)
+        network.weights().to(device)
+        network.net.to(dtype)
+        if cut is None:
+            return network
+        head = network.prune(0, max(cut, 0))
+        head.companions = network.companions
+        return head
 
     # -- beside a pipeline --------------------------------------------------------------------------------------------
 

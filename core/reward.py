@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from .conditions import Condition
 from .costs import count
 from .errors import ConfigError, SliceError
-from .records import ConditionKind
+from .records import ConditionKind, RewardRecord
 from .slicing import Sliced, State
+from .weights_file import read_weights
 
 
 @attrs.frozen(eq=False)
@@ -40,6 +43,21 @@ class Reward(Sliced):
     grid_size: int
     prefix_count: int
     condition_kind: ConditionKind
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        record: RewardRecord,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """As :meth:`Backbone.from_pretrained`, always whole; the file is the record's ``filename``."""
+        network = cls.build(record.architecture)
+        read_weights(network, record, token=token, local_files_only=local_files_only)
+        return network.to(device, dtype)
 
     def upstream(self, x: Tensor, condition: object = None) -> Tensor:
         """``[B, D]``: what ``net`` itself returns for preprocessed pixels; a family whose embedding is something else

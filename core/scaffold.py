@@ -37,6 +37,8 @@ def plugin_files(name: str, kind: str) -> dict[str, str]:
         "pyproject.toml": "pyproject.toml", "README.md": "README.md", "tests/test_plugin.py": "test_plugin.py",
         f"{package}/__init__.py": f"{kind}_plugin.py", f"{package}/model.py": f"{kind}.py",
     }  # fmt: skip
+    if kind != "aligner":
+        templates[f"{package}/net.py"] = f"{kind}_net.py"
     return {path: _render(template, words) for path, template in templates.items()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import attrs
@@ -115,6 +115,15 @@ class Sliced(nn.Module, ABC):
         and says so in ``Family.lacks``. Raises :class:`NotImplementedError` there.
         """
         raise NotImplementedError(f"{type(self).__name__} has no upstream() to be compared with.")
+
+    @classmethod
+    def build(cls, architecture: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Self:
+        """With random weights (none on ``"meta"``), in eval mode and frozen, from a record's table."""
+        raise NotImplementedError(f"{cls.__name__} has no build().")
+
+    def weights(self) -> nn.Module:
+        """Everything that is trained, as a checkpoint of one file holds it: ``net``, unless there are companions."""
+        return self.net
 
     # -- generic ----------------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ def test_it_is_written_as_ruff_would(kind, written):
 
 
 def test_every_template_is_used():
-    used = {"pyproject.toml", "README.md", "test_plugin.py"} | {
+    used = {"pyproject.toml", "README.md", "test_plugin.py", "backbone_net.py", "reward_net.py"} | {
         f"{k}{s}.py" for k in PLUGIN_KINDS for s in ("", "_plugin")
     }
     assert {path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir()} == used

@@ -56,7 +56,7 @@ def test_its_tests_run_the_kit(guide, monkeypatch):
 def test_its_backbone_is_the_one_that_the_command_writes():
     written = plugin_files("tiny", "backbone")
     shared = set(written) & set(FILES)
-    assert shared == {"pyproject.toml", "stitchvm_tiny/__init__.py", "stitchvm_tiny/model.py"}
+    assert shared == {"pyproject.toml", *(f"stitchvm_tiny/{name}.py" for name in ("__init__", "model", "net"))}
     assert {path: FILES[path] for path in shared} == {path: written[path] for path in shared}
 
 
