@@ -50,7 +50,7 @@ class Scale:
     """
 
     images: int = attrs.field(default=4096, validator=positive)
-    steps: int = attrs.field(default=140, validator=positive)
+    steps: int = attrs.field(default=200, validator=positive)
     probes: int = attrs.field(default=200, validator=positive)
     samples: int = attrs.field(default=2048, validator=positive)
     held_out: int = attrs.field(default=1000, validator=positive)

@@ -20,7 +20,7 @@ def command(
     backbones: Annotated[str | None, typer.Option(metavar="LIST", help="Only these (default: the world's).")] = None,
     rewards: Annotated[str | None, typer.Option(metavar="LIST", help="Only these (default: the world's).")] = None,
     images: Annotated[int, typer.Option(min=1, help="Training pictures a pair.")] = 4096,
-    steps: Annotated[int, typer.Option(min=1, help="Finetune steps, whatever the recipe.")] = 140,
+    steps: Annotated[int, typer.Option(min=1, help="Finetune steps, whatever the recipe.")] = 200,
     recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="paper, full, quick, or a TOML file.")] = "quick",
     held_out: Annotated[int, typer.Option(min=1, help="Held-out images or pairs to measure on.")] = 1000,
     probes: Annotated[int, typer.Option(min=4, help="Images to judge every pair of cuts on.")] = 200,

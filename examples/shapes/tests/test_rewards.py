@@ -72,7 +72,7 @@ def small(name: str, monkeypatch: pytest.MonkeyPatch):
         return hps.HpsTask(WEIGHTS / "shapes-clip")
     if name == "dino":
         monkeypatch.setattr(dino, "SCENES", 4)
-        return dino.DinoTask()
+        return dino.DinoTask(WEIGHTS / "shapes-clip")
     return aesthetic.AestheticTask(WEIGHTS / "shapes-clip", held_out(20, seed=33))
 
 

@@ -43,7 +43,9 @@ def _descriptions() -> dict[str, str]:
     none, one, more = SIZE_APPEAL
     layers = " - ".join(map(str, aesthetic.WIDTHS))
     return {
-        "vae": "`vae/`: diffusers `AutoencoderKL`, latents 8 x 16 x 16, shifted and scaled to mean 0 and deviation 1.",
+        "vae": """
+  the autoencoder in each pipeline's folder (`shapes-mmdit/vae/`): diffusers `AutoencoderKL`, latents 8 x 16 x 16,
+  shifted and scaled to mean 0 and deviation 1.""",
         "mmdit": f"""
   `shapes-mmdit/`: diffusers `StableDiffusion3Pipeline` (`SD3Transformer2DModel`, two CLIP text
   encoders, no T5). Load it with `dtype=torch.float32, text_encoder_3=None, tokenizer_3=None` and call it with
@@ -79,8 +81,8 @@ def _descriptions() -> dict[str, str]:
   {none:g}, {one:g}, {more:g} for no, one, more large objects.""",
         "dino": """
   `shapes-dino/`: timm vision transformer (`timm.create_model("local-dir:...", pretrained=True)`),
-  trained without captions by contrast: two pictures of one scene are alike, pictures of others are not, among them the
-  same scene with one thing changed.""",
+  trained without captions, by contrast (two pictures of one scene are alike, pictures of others are not, among them the
+  same scene with one thing changed) and by distillation of `shapes-clip`'s image embedding.""",
         "detector": """
   `detector.safetensors`: says whether a picture fulfils a caption
   (`stitchvm_shapes.detector.Detector`).""",
@@ -100,7 +102,8 @@ formula with those, `error` the root mean square in points.""",
     "dino": f"""
 `probe_*` is how often a linear classifier of embeddings, fitted to {dino.GALLERY:,} training scenes, is right (`colour`
 and `shape`: in scenes of one object), `chance_*` the same for always naming the commonest; `mean_cosine` of different
-scenes; `effective_rank` of at most 128.""",
+scenes; `effective_rank` of at most 128; `tells_shapes` is how often another picture of a scene is more alike than one
+with another shape in an object's place, `clip_tells_shapes` the same of `shapes-clip`.""",
 }
 
 

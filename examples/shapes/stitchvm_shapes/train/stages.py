@@ -27,15 +27,15 @@ from .loop import Loop, Schedule, Settings, Task, averaged, write_atomically
 from .teacher import Teacher
 from .tokens import build_tokenizer
 
-#: Optimiser steps of each model at scale 1; those of dino are a plan, which is why it is not shipped. The shipped unet
-#: was stopped before its rate had decayed, and had its first 650 steps without `unet.STARTS`.
+#: Optimiser steps of each model at scale 1. The shipped unet was stopped before its rate had decayed, and had its first
+#: 650 steps without `unet.STARTS`.
 STEPS = {
     "vae": 2000,
     "clip": 1000,
     "detector": 500,
     "hps": 600,
     "aesthetic": 4000,
-    "dino": 1500,
+    "dino": 850,
     "mmdit": 4200,
     "flux": 1900,
     "unet": 2100,
@@ -91,7 +91,7 @@ def train_clip(plan: Plan) -> None:
 def train_detector(plan: Plan) -> None:
     """Train and export the detector; needs the autoencoder."""
     torch.manual_seed(plan.seed)
-    task = detector.DetectorTask(vae.load(plan.out / "vae"))
+    task = detector.DetectorTask(vae.load(plan.out))
     _train(plan, "detector", task)
     averaged(plan.work / "detector.pt", task.modules)
     export_detector(task.net, plan.out / "detector.safetensors")
@@ -128,9 +128,10 @@ def train_aesthetic(plan: Plan) -> None:
 
 
 def train_dino(plan: Plan) -> None:
-    """Train and export the likeness model."""
+    """Train and export the likeness model; needs shapes-clip, its teacher."""
+    _forget_older(plan, "dino", plan.out / "shapes-clip" / TOWER)
     torch.manual_seed(plan.seed)
-    task = dino.DinoTask()
+    task = dino.DinoTask(plan.out / "shapes-clip")
     _train(plan, "dino", task)
     averaged(plan.work / "dino.pt", task.modules)
     export_dino(task.tower, plan.out / "shapes-dino")
@@ -152,7 +153,7 @@ def _examples(plan: Plan) -> tuple[mmdit.Examples, list[str]]:
     """The cached latents of the exported autoencoder with their captions, as token ids and as text."""
     pictures = training_set(plan.work)
     captions = pictures.captions[:LATENTS]
-    latents = _latents(plan, vae.load(plan.out / "vae"), pictures)
+    latents = _latents(plan, vae.load(plan.out), pictures)
     return mmdit.Examples(latents, clip.tokenise(build_tokenizer(), captions)), captions
 
 
@@ -161,7 +162,7 @@ def export_checkpoint(plan: Plan, name: str) -> None:
     build, export = _BACKBONES[name]
     modules = build()
     averaged(plan.work / f"{name}.pt", modules)
-    export(vae.load(plan.out / "vae"), modules, plan.out / f"shapes-{name}")
+    export(vae.load(plan.out), modules, plan.out / f"shapes-{name}")
 
 
 def train_mmdit(plan: Plan) -> None:
