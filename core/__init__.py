@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .particles import Particles, Resampling
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
     from .planning import Plan, plan
+    from .policy import LoraSettings, Policy
     from .problem import Aligner, AlignProblem, Look
     from .ranking import Ranking, rank_seeds
     from .records import SPEC_VERSION, AlignerRecord, BackboneRecord, DatasetRecord, Family, Hint, RewardRecord, Source
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     from .steering import steer
     from .stitching import stitch
     from .swarm import Swarm
+    from .training import TrainResult, TrainSettings, train
+    from .training_problem import Experience, Rows, StopWindow, TrainingMethod, TrainProblem, Update, spread_seed
     from .value import StitchedValue
     from .windows import StepUnit, Window, steps_at, steps_within
 
@@ -138,6 +141,9 @@ _PUBLIC = {
     "steering": ("steer",),
     "stitching": ("stitch",),
     "swarm": ("Swarm",),
+    "policy": ("LoraSettings", "Policy"),
+    "training": ("TrainResult", "TrainSettings", "train"),
+    "training_problem": ("Experience", "Rows", "StopWindow", "TrainProblem", "TrainingMethod", "Update", "spread_seed"),
     "value": ("StitchedValue",),
     "windows": ("StepUnit", "Window", "steps_at", "steps_within"),
 }
@@ -168,6 +174,7 @@ __all__ = [
     "Denoiser",
     "Diagnosis",
     "Estimator",
+    "Experience",
     "Family",
     "FeatureInfo",
     "FlowPath",
@@ -178,6 +185,7 @@ __all__ = [
     "JointSearch",
     "Kernel",
     "Look",
+    "LoraSettings",
     "MonteCarlo",
     "NoiseLevelError",
     "NoisyLatent",
@@ -191,6 +199,7 @@ __all__ = [
     "PluginConflictError",
     "PluginFailure",
     "PluginLoadError",
+    "Policy",
     "Prediction",
     "PredictionKind",
     "PreferenceDataset",
@@ -206,6 +215,7 @@ __all__ = [
     "RewardFamily",
     "RewardOutput",
     "RewardRecord",
+    "Rows",
     "Sde",
     "SearchResult",
     "SliceError",
@@ -217,12 +227,18 @@ __all__ = [
     "StitchError",
     "Stitched",
     "StitchedValue",
+    "StopWindow",
     "Sum",
     "Swarm",
     "Tail",
+    "TrainProblem",
+    "TrainResult",
+    "TrainSettings",
+    "TrainingMethod",
     "Transition",
     "Tweedie",
     "UnknownNameError",
+    "Update",
     "VariancePreservingPath",
     "WeightsError",
     "Window",
@@ -253,10 +269,12 @@ __all__ = [
     "search_jointly",
     "seeded_noise",
     "spread",
+    "spread_seed",
     "steer",
     "steps_at",
     "steps_within",
     "stitch",
+    "train",
 ]
 
 

@@ -72,11 +72,13 @@ def align(
     diverges.
     """
     network = load_backbone(backbone)
-    estimator, judge = _resolve_value(value, reward, network)
-    aligner = _resolve_method(method, proposals, settings)
+    estimator, judge = resolve_value(value, reward, network)
+    aligner = resolve_method(method, proposals, settings)
+    if not hasattr(aligner, "run"):
+        raise ConfigError(f"{type(aligner).__name__} trains weights and steers nothing; use train.")
     job = _Job(
         name=method if isinstance(method, str) else type(method).__name__, method=aligner, backbone=network,
-        estimator=estimator, reward=judge, prompts=_checked_prompts(prompts),
+        estimator=estimator, reward=judge, prompts=checked_prompts(prompts),
         particles=aligner.default_particles if particles is None else particles, seed=seed, steps=steps,
         guidance_scale=default_guidance(network) if guidance_scale is None else guidance_scale, batch=batch,
         reuse=reuse,
@@ -140,7 +142,6 @@ class _Job:
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, JSON-able: what a run to be continued must share."""
-        digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()[:16]
         settings = {
             "method": self.name, "method_settings": plain(self.method), "estimator": estimator_identity(self.estimator),
             "backbone": {
@@ -150,7 +151,7 @@ class _Job:
             "reward": network_identity(self.reward),
             "particles": self.particles, "seed": self.seed, "steps": self.steps,
             "guidance_scale": float(self.guidance_scale), "reuse": self.reuse, "resolution": self.resolution,
-            "prompts": digest,
+            "prompts": prompts_digest(self.prompts),
         }  # fmt: skip
         # As it will be when read back: tuples become lists.
         return dict(json.loads(json.dumps(settings, default=repr)))
@@ -201,7 +202,13 @@ def reward_condition(reward: AnyReward, prompts: Sequence[str]) -> Condition:
     return reward.condition(list(prompts) if reward.condition_kind == "prompts" else None)
 
 
-def _checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """What tells one list of prompts from another."""
+    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
+
+
+def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """The prompts; :class:`ConfigError` for anything but strings, and for none at all."""
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"prompts must be a list of strings, got {prompts!r}.")
     if not prompts:
@@ -209,7 +216,8 @@ def _checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def _resolve_method(method: str | Aligner, proposals: int, settings: dict[str, Any]) -> Aligner:
+def resolve_method(method: Any, proposals: int, settings: dict[str, Any]) -> Any:
+    """A method by its registered name with its settings, or a ready object; :class:`ConfigError` for bad settings."""
     if not isinstance(method, str):
         if settings or proposals != 1:
             surplus = ", ".join(settings) or "proposals"
@@ -218,11 +226,10 @@ def _resolve_method(method: str | Aligner, proposals: int, settings: dict[str, A
     kind = load_aligner(method)
     if proposals != 1 or any(field.name == "proposals" for field in attrs.fields(kind)):
         settings = {"proposals": proposals, **settings}
-    aligner: Aligner = structure(kind, settings, f"settings of {method}")
-    return aligner
+    return structure(kind, settings, f"settings of {method}")
 
 
-def _resolve_value(
+def resolve_value(
     value: Value, reward: str | AnyReward | None, backbone: Backbone
 ) -> tuple[Estimator | None, AnyReward]:
     """The estimator, and the clean reward: the value's own unless given."""

@@ -76,8 +76,8 @@ class AlignResult:
         """Write one PNG a prompt, ``grid.png`` and ``align.json``; raises ``OutputError`` when that is impossible."""
         folder = make_folder(folder)
         for number, image in enumerate(self.pixels):
-            _write_png(folder / _file(number), image)
-        _write_png(folder / "grid.png", _grid(self.pixels[:GRID_IMAGES]))
+            write_png(folder / _file(number), image)
+        write_png(folder / "grid.png", sheet(self.pixels[:GRID_IMAGES]))
         write_json(folder / "align.json", self.report())
 
 
@@ -85,12 +85,13 @@ def _file(number: int) -> str:
     return f"{number:04d}.png"
 
 
-def _write_png(path: Path, pixels: Tensor) -> None:
+def write_png(path: Path, pixels: Tensor) -> None:
+    """Write pixels ``[3, H, W]`` uint8 atomically."""
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
-def _grid(pixels: Tensor, gap: int = 2) -> Tensor:
+def sheet(pixels: Tensor, gap: int = 2) -> Tensor:
     """Images ``[n, 3, H, W]`` side by side on white, as nearly square as it goes."""
     if (longest := max(pixels.shape[-2:])) > GRID_SIDE:
         size = [max(1, round(side * GRID_SIDE / longest)) for side in pixels.shape[-2:]]
@@ -99,9 +100,9 @@ def _grid(pixels: Tensor, gap: int = 2) -> Tensor:
     columns = math.ceil(math.sqrt(len(pixels)))
     rows = math.ceil(len(pixels) / columns)
     padded = F.pad(pixels, (0, gap, 0, gap), value=255)
-    sheet = F.pad(padded, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(pixels)), value=255)
-    sheet = sheet.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    return sheet[:, : sheet.shape[1] - gap, : sheet.shape[2] - gap]
+    whole = F.pad(padded, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(pixels)), value=255)
+    whole = whole.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return whole[:, : whole.shape[1] - gap, : whole.shape[2] - gap]
 
 
 @attrs.define(eq=False)
@@ -122,7 +123,7 @@ class PartStore:
             return cls(settings)
         folder = make_folder(Path(out) / PARTS)
         if (folder / SETTINGS).exists():
-            _check_same(read_json(folder / SETTINGS), settings, Path(out))
+            check_same(read_json(folder / SETTINGS), settings, Path(out))
         else:
             write_json(folder / SETTINGS, settings)
         store = cls(settings, folder)
@@ -157,7 +158,8 @@ class PartStore:
         )
 
 
-def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+    """Raise :class:`ConfigError`, naming what differs, unless a run to be continued has the settings of the new one."""
     before, now = _leaves(old), _leaves(new)
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     changed = [f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names]

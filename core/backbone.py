@@ -44,6 +44,10 @@ class Backbone(Sliced):
 
     guided_passes: ClassVar[int] = 2
     guidance: float | None = None
+    component: ClassVar[str] = "transformer"
+    """What diffusers' pipelines call the network, and its LoRA files begin their names with."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """The modules of ``net`` that a LoRA adapts, by the ends of their names."""
 
     path: Path
     prediction: PredictionKind

@@ -17,20 +17,41 @@ from typing import Self
 
 import attrs
 
-KINDS = ("denoiser", "resumed", "decoder", "encoder", "reward", "head", "tail")
+FORWARD = ("denoiser", "resumed", "decoder", "encoder", "reward", "head", "tail")
 """The kinds of forward pass; one unit is one sample through one network (CFG is two denoiser passes a sample).
 
 ``resumed`` is a denoiser pass whose first blocks a value model's head had run already."""
 
+BACKWARD = tuple(f"{kind}_backward" for kind in ("denoiser", "decoder", "reward", "head"))
+"""The kinds of backward pass, counted while :func:`differentiating`; a tail's belongs to its head's."""
+
+KINDS = (*FORWARD, *BACKWARD)
+
 _open_meters: ContextVar[tuple[CostMeter, ...]] = ContextVar("open_meters", default=())
+_differentiating: ContextVar[bool] = ContextVar("differentiating", default=False)
 
 
 def count(kind: str, samples: int) -> None:
-    """Add ``samples`` forward passes of ``kind`` to every open meter."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of forward pass {kind!r}; choose one of {', '.join(KINDS)}.")
+    """Add ``samples`` forward passes of ``kind`` to every open meter, and their backward passes where there will be."""
+    if kind not in FORWARD:
+        raise ValueError(f"unknown kind of forward pass {kind!r}; choose one of {', '.join(FORWARD)}.")
+    backward = f"{kind}_backward" if _differentiating.get() and f"{kind}_backward" in BACKWARD else None
+    if backward is not None and not sys.modules["torch"].is_grad_enabled():
+        backward = None
     for meter in _open_meters.get():
         meter.passes[kind] += samples
+        if backward is not None:
+            meter.passes[backward] += samples
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Inside, what is run with gradients enabled is taken to be differentiated afterwards."""
+    token = _differentiating.set(True)
+    try:
+        yield
+    finally:
+        _differentiating.reset(token)
 
 
 def peak_memory() -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .batches import GROUP, Batches
+from .checkpoints import load_optimiser, optimiser_tensors, under
 from .conditions import Condition, concatenate
 from .errors import ArtefactError, ConfigError, NonFiniteError
 from .examples import PROMPT, Examples
@@ -207,8 +208,7 @@ class _Checkpoint:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{name}": t for name, t in self.value.branches.state_dict().items()}
-        for index, entry in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(t) for key, t in entry.items()}
+        tensors |= optimiser_tensors(self.optimiser)
         metadata = {"losses": json.dumps(losses), "recipe": json.dumps(self._recipe())}
         write_tensors(self.folder / "state.safetensors", tensors, metadata)
 
@@ -221,13 +221,6 @@ class _Checkpoint:
             raise ArtefactError(
                 f"{str(path)!r} belongs to a run with another recipe. Delete it or choose another folder."
             )
-        self.value.branches.load_state_dict(
-            {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        )
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimiser."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor
-        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.value.branches.load_state_dict(under("model", tensors))
+        load_optimiser(self.optimiser, tensors)
         return list(json.loads(metadata["losses"]))

@@ -63,6 +63,23 @@ class Prediction:
         """``dz / dsigma`` along the probability-flow ODE."""
         return spread(self.path.alpha_slope(self.sigma), self.z0) * self.z0 + self.eps
 
+    def anchor(self, sigma: Tensor) -> Tensor:
+        """``E[z_sigma | z_t]``: the latent at the lower level ``sigma [B]`` that this prediction expects; ``z0`` at 0.
+
+        ``alpha_s z0 + (alpha_t / alpha_s) (sigma_s^2 / sigma_t) eps``, which is finite for every ``t > s``. On the flow
+        path it is ``((1-s)/t) ((t + a s^2/(1-s)) z_t - (t^2 - a^2 s^2) v)`` with ``a = (1-t)/(1-s)``; for the exact
+        conditional velocity of ``z_s`` it is ``z_s`` itself.
+        """
+        low, high = self.path.alpha(sigma), self.path.alpha(self.sigma)
+        rest = high / low * sigma.square() / self.sigma
+        return spread(low, self.z0) * self.z0 + spread(rest, self.eps) * self.eps
+
+    def distance(self, other: Prediction) -> Tensor:
+        """``[B]``: the mean squared difference of two predictions at the same latents, as velocities: ``eps - z0`` on
+        the flow path, ``alpha eps - sigma z0`` (v-prediction) on the variance preserving one. Finite everywhere."""
+        apart = (self.z0 - other.z0).square() + (self.eps - other.eps).square()
+        return apart.flatten(1).mean(1) / (self.path.alpha(self.sigma).square() + self.sigma.square())
+
     def guided(self, gradient: Tensor) -> Prediction:
         """The prediction of a sampler whose score is ``score + gradient`` (``gradient [B, C, H, W]``): guidance, once
         for every kernel.
@@ -127,6 +144,12 @@ class Path(ABC):
         """``alpha z0 + sigma eps`` in float32 or better; ``sigma`` a number or ``[B]``."""
         level = spread(as_sigma(sigma, z0), z0)
         return self.alpha(level) * z0 + level * eps
+
+    def transfer(self, sigma: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+        """``(weight, std)`` of the forward process from ``sigma`` to the higher level ``back``: ``z_back = weight
+        z_sigma + std noise`` (paper, D.1, ``alpha_bar`` and ``sigma_bar``)."""
+        weight = self.alpha(back) / self.alpha(sigma)
+        return weight, (back.square() - (weight * sigma).square()).clamp_min(0).sqrt()
 
     def interpret(self, kind: PredictionKind, output: Tensor, latents: Tensor, sigma: Tensor) -> Prediction:
         """A network's output as a :class:`Prediction`.

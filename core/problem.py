@@ -227,10 +227,8 @@ class AlignProblem:
         """Flat latents at ``sigma`` taken back to the higher level ``sigma_back`` by fresh noise: the forward
         process."""
         level, back = (as_sigma(one, latents) for one in (sigma, sigma_back))
-        path = self.backbone.path
-        ratio = path.alpha(back) / path.alpha(level)
-        std = (back.square() - (ratio * level).square()).clamp_min(0).sqrt()
-        return self.draw(Transition(spread(ratio, latents) * latents, std))
+        weight, std = self.backbone.path.transfer(level, back)
+        return self.draw(Transition(spread(weight, latents) * latents, std))
 
     def sample(self) -> Tensor:
         """Clean latents ``[P, N, C, h, w]`` by the plain ODE from every particle's noise."""

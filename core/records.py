@@ -201,11 +201,16 @@ class RewardRecord:
 
 @attrs.frozen(kw_only=True)
 class AlignerRecord:
-    """A named alignment method: an attrs class whose fields are its settings; ``lacks`` as in :class:`Family`."""
+    """A named alignment method: an attrs class whose fields are its settings; ``lacks`` as in :class:`Family`.
+
+    ``trains``: it changes the backbone's weights (:class:`~stitchvm.core.TrainingMethod`), instead of steering its
+    samples (:class:`~stitchvm.core.Aligner`).
+    """
 
     name: str = _name()
     load: str = _load()
     spec_version: int
+    trains: bool = False
     requires: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     install: str = ""
     lacks: dict[str, str] = attrs.field(factory=dict, validator=_LACKS)

@@ -224,14 +224,24 @@ class Sliced(nn.Module, ABC):
 
     def to_meta(self) -> Self:
         """The same network on the meta device, sharing nothing."""
+
+        def empty(tensor: Tensor) -> Tensor:
+            bare = torch.empty_like(tensor, device="meta")
+            return nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
+
+        with torch.device("meta"):
+            return self.with_tensors(empty)
+
+    def sharing(self) -> Self:
+        """The same network with modules of its own over the same tensors: what is put into one is not in the other."""
+        return self.with_tensors(lambda tensor: tensor)
+
+    def with_tensors(self, replacement: Callable[[Tensor], Tensor]) -> Self:
+        """The same network over modules of its own, every tensor of ``net`` replaced; companions are shared."""
         twin = copy.copy(self)
         _own_dicts(twin)
-        with torch.device("meta"):
-            memo: dict[int, Any] = {}
-            for tensor in (*self.net.parameters(), *self.net.buffers()):
-                empty = torch.empty_like(tensor, device="meta")
-                memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-            twin.net = copy.deepcopy(self.net, memo)
+        memo: dict[int, Any] = {id(t): replacement(t) for t in (*self.net.parameters(), *self.net.buffers())}
+        twin.net = copy.deepcopy(self.net, memo)
         return twin
 
     def prune(self, start: int, stop: int, *, enter: bool = False) -> Self:

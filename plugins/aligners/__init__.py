@@ -63,3 +63,24 @@ def stitchvm_aligners() -> Iterable[AlignerRecord]:
         spec_version=1,
         description="A beam over noise levels: branch every particle, keep the prompt's best by an estimator's value.",
     )
+    yield AlignerRecord(
+        name="draft",
+        load="stitchvm.plugins.aligners.draft:Draft",
+        spec_version=1,
+        trains=True,
+        description="Direct reward fine-tuning (DRaFT, AlignProp, ReFL): the value's gradient through the last steps.",
+    )
+    yield AlignerRecord(
+        name="diffusion-nft",
+        load="stitchvm.plugins.aligners.diffusion_nft:DiffusionNft",
+        spec_version=1,
+        trains=True,
+        description="DiffusionNFT: the forward process pulled towards good samples and pushed away from bad ones.",
+    )
+    yield AlignerRecord(
+        name="flow-grpo",
+        load="stitchvm.plugins.aligners.flow_grpo:FlowGrpo",
+        spec_version=1,
+        trains=True,
+        description="Flow-GRPO and its fast variants: policy gradient through the steps of a stochastic sampler.",
+    )

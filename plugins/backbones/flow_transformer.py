@@ -58,6 +58,9 @@ class FlowTransformer(Backbone):
     options: ClassVar[tuple[str, ...]] = ()
     leading_tokens: ClassVar[int] = 0
     uniform_levels: ClassVar[bool] = False
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *Backbone.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    )  # fmt: skip
 
     companions: Companions
     path = FlowPath()

@@ -69,6 +69,7 @@ class UNetBackbone(Backbone):
 
     net: UNet2DConditionModel
     companions: Companions
+    component = "unet"
     path = VariancePreservingPath()
 
     def __init__(

@@ -1,0 +1,130 @@
+"""A backbone in training: numbers of its own over the tensors of the frozen one, which stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .errors import ArtefactError, ConfigError, PluginLoadError
+from .files import make_folder, write_tensors
+
+ADAPTER = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What ``pipe.load_lora_weights`` of diffusers looks for in a folder."""
+
+
+@attrs.frozen
+class LoraSettings:
+    """Low-rank adaptation; the defaults are the paper's (section 6).
+
+    ``rank`` and ``alpha`` (an update is scaled by ``alpha / rank``); ``targets``, the ends of the names of the modules
+    that are adapted: None for the family's own, attention's projections.
+    """
+
+    rank: int = attrs.field(default=32, validator=attrs.validators.ge(1))
+    alpha: int = attrs.field(default=64, validator=attrs.validators.ge(1))
+    targets: tuple[str, ...] | None = None
+
+
+@attrs.frozen(eq=False)
+class Policy:
+    """A backbone whose ``parameters`` (by name in ``backbone.net``, float32) are trained; all else is shared, frozen.
+
+    ``lora`` None: the whole network is trained, on a copy.
+    """
+
+    backbone: Backbone
+    parameters: dict[str, nn.Parameter]
+    lora: LoraSettings | None
+
+    @classmethod
+    def of(cls, backbone: Backbone, lora: LoraSettings | None, seed: int = 0) -> Self:
+        """A policy that begins as ``backbone``: a LoRA's second factor is 0, its first one drawn from ``seed``.
+
+        Raises :class:`ConfigError` for targets that the network has none of, ``PluginLoadError`` without peft.
+        """
+        twin = backbone.sharing()
+        if lora is None:
+            twin.net = copy.deepcopy(backbone.net).float().requires_grad_(True)
+        else:
+            _inject(twin, lora, seed)
+        trained = {name: p for name, p in twin.net.named_parameters() if p.requires_grad}
+        return cls(twin, trained, lora)
+
+    def another(self) -> Policy:
+        """A policy of the same numbers with tensors of its own to hold others, not trained."""
+        trained = {id(p) for p in self.parameters.values()}
+        twin = copy.copy(self.backbone)
+        twin = twin.with_tensors(lambda t: nn.Parameter(t.detach().clone(), False) if id(t) in trained else t)
+        names = dict(twin.net.named_parameters())
+        return Policy(twin, {name: names[name] for name in self.parameters}, self.lora)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy of the trained numbers."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take numbers that :meth:`tensors` gave; :class:`ArtefactError` for those of another policy."""
+        if set(tensors) != set(self.parameters) or any(
+            tensors[name].shape != p.shape for name, p in self.parameters.items()
+        ):
+            raise ArtefactError("these weights belong to another network or LoRA; check rank and targets.")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+    @torch.no_grad()
+    def follow(self, other: Policy, decay: float) -> None:
+        """``decay`` times its own numbers plus the rest of the other's."""
+        for name, parameter in self.parameters.items():
+            parameter.lerp_(other.parameters[name].detach(), 1 - decay)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what plain diffusers loads: ``pipe.load_lora_weights(folder)`` for a LoRA, the network's own folder
+        (``transformer/`` or ``unet/``) otherwise. Returns the folder.
+
+        Raises ``OutputError`` where that is impossible.
+        """
+        folder = make_folder(folder)
+        component = self.backbone.component
+        if self.lora is None:
+            net: Any = self.backbone.net
+            net.save_pretrained(folder / component)
+            return folder
+        from peft import get_peft_model_state_dict
+
+        net = self.backbone.net
+        tensors = {f"{component}.{n}": t for n, t in get_peft_model_state_dict(net, adapter_name=ADAPTER).items()}
+        config = {f"{component}.{key}": entry for key, entry in net.peft_config[ADAPTER].to_dict().items()}
+        text = json.dumps(config, default=sorted, sort_keys=True)
+        write_tensors(folder / LORA_FILE, tensors, {"format": "pt", "lora_adapter_metadata": text})
+        return folder
+
+
+def _inject(backbone: Backbone, lora: LoraSettings, seed: int) -> None:
+    """Put adapters into the modules of ``backbone.net``, in place."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise PluginLoadError("training with a LoRA needs peft: pip install 'stitchvm[train]'.") from error
+    targets = list(lora.targets or backbone.lora_targets)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, backbone.net, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise ConfigError(
+            f"{type(backbone).__name__} has none of the modules {', '.join(targets)} that a LoRA can adapt: {error}"
+        ) from error
+    for parameter in backbone.net.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

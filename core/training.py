@@ -1,0 +1,243 @@
+"""Training a backbone towards a high value: one trainer for every method (paper, section 6).
+
+An update draws prompts, lets the method collect what it learns from, and takes optimiser steps on its loss. All
+randomness comes from ``(seed, update, sample)``: see :mod:`stitchvm.core.training_problem`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .alignment import Value, checked_prompts, resolve_method, resolve_value, reward_condition
+from .backbone import Backbone
+from .costs import CostMeter, differentiating
+from .errors import ConfigError, NonFiniteError
+from .estimators import Tweedie
+from .files import make_folder
+from .joint import AnyReward, load_judge
+from .loading import load_backbone
+from .policy import LoraSettings, Policy
+from .progress import track
+from .seeds import stream_seed
+from .training_evaluation import Evaluation, Gallery
+from .training_problem import Experience, TrainingMethod, TrainProblem, Update
+from .training_state import TrainingRecord, TrainingState
+
+positive: Any = attrs.validators.gt(0)
+at_least_one: Any = attrs.validators.ge(1)
+non_negative: Any = attrs.validators.ge(0)
+
+
+@attrs.frozen
+class TrainSettings:
+    """What every method's training is made of, beside the method's own settings.
+
+    ``updates``: in all. ``prompts_per_update``: over all processes, which share them equally. ``inner_updates``:
+    optimiser steps on one collection. ``learning_rate``, ``weight_decay``, ``clip_norm``: of AdamW (the paper's DRaFT:
+    5e-5, 0, 1; DiffusionNFT as released: 3e-4, 1e-4, 1). ``ema_decay``: of the averaged weights that are evaluated and
+    saved, at most ``(1 + k) / (10 + k)`` at update ``k``; 0 takes the last ones. ``lora``: None trains the whole
+    network. ``batch``: samples of one network pass; it changes nothing else. ``evaluate_every`` and
+    ``checkpoint_every`` count updates.
+    """
+
+    updates: int = attrs.field(default=100, validator=at_least_one)
+    prompts_per_update: int = attrs.field(default=8, validator=at_least_one)
+    inner_updates: int = attrs.field(default=1, validator=at_least_one)
+    learning_rate: float = attrs.field(default=3e-4, validator=positive)
+    weight_decay: float = attrs.field(default=1e-4, validator=non_negative)
+    clip_norm: float = attrs.field(default=1.0, validator=positive)
+    ema_decay: float = attrs.field(default=0.9, validator=[non_negative, attrs.validators.lt(1)])
+    lora: LoraSettings | None = attrs.field(factory=LoraSettings)
+    batch: int = attrs.field(default=8, validator=at_least_one)
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16"] = attrs.field(default="no", validator=attrs.validators.in_(("no", "bf16")))
+    evaluate_every: int = attrs.field(default=10, validator=at_least_one)
+    checkpoint_every: int = attrs.field(default=10, validator=at_least_one)
+
+
+@attrs.frozen(eq=False)
+class TrainResult:
+    """What :func:`train` returns: the ``policy`` with its averaged weights, and the ``record`` of the run."""
+
+    policy: Policy
+    record: TrainingRecord
+
+
+def train(
+    method: str | TrainingMethod,
+    backbone: str | Backbone,
+    value: Value,
+    prompts: Sequence[str],
+    *,
+    out: str | Path,
+    training: TrainSettings | None = None,
+    seed: int = 0,
+    steps: int = 10,
+    guidance_scale: float = 1.0,
+    resolution: int | None = None,
+    reward: str | AnyReward | None = None,
+    held_out_rewards: Sequence[str | AnyReward] = (),
+    evaluation_prompts: Sequence[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> TrainResult:
+    """Train a LoRA of ``backbone`` (or all of it) so that samples of ``prompts`` have a high value.
+
+    ``method``: a registered name (``draft``, ``diffusion-nft`` ..) with its own ``settings`` as further keywords, or a
+    ready object. ``value``: what is maximised where a rollout stops, a stitched value model (or its folder) or another
+    estimator; None for the clean ``reward`` at the end of full rollouts. ``held_out_rewards`` are never trained on:
+    they are evaluated beside the trained one, and a fall of theirs is warned of (reward hacking). Evaluation samples
+    ``evaluation_prompts`` (by default the first 16 of ``prompts``) with averaged weights, always from the same noise.
+
+    ``out`` gets ``train.json`` (settings, versions, cost, history), ``training.png``, image grids, and what plain
+    diffusers loads: ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(out)``. A run that was killed
+    goes on from its last checkpoint there to the same weights, bit for bit on one process. Under ``accelerate
+    launch``, processes share every update's prompts.
+
+    Raises :class:`ConfigError` for bad settings or those of another run in ``out``, ``OutputError`` when ``out`` cannot
+    be written, :class:`NonFiniteError` when the loss or a weight is not finite (the last checkpoint is kept).
+    """
+    network = load_backbone(backbone)
+    estimator, judge = resolve_value(value, reward, network)
+    trainer = resolve_method(method, 1, settings)
+    if not hasattr(trainer, "collect"):
+        raise ConfigError(f"{type(trainer).__name__} steers samples and trains nothing; use align.")
+    texts, plan = checked_prompts(prompts), training or TrainSettings()
+    accelerator = Accelerator(cpu=network.device.type == "cpu", mixed_precision=plan.mixed_precision)
+    if plan.prompts_per_update % accelerator.num_processes:
+        raise ConfigError(
+            f"prompts_per_update is {plan.prompts_per_update}, which {accelerator.num_processes} processes cannot "
+            "share equally; give a multiple."
+        )
+    policy = Policy.of(network, plan.lora, seed)
+    policy.backbone.gradient_checkpointing = plan.gradient_checkpointing
+    side = (resolution or network.native_resolution) // network.latent_factor
+    problem = TrainProblem(
+        policy, network, estimator or Tweedie(judge), network.encode_prompts(list(texts)),
+        reward_condition(judge, texts), network.null_condition(),
+        network.sigmas(steps, (side, side)).to(network.device), (network.latent_channels, side, side), guidance_scale,
+        seed, plan.batch, policy.another() if trainer.needs_old else None, accelerator.gather,
+    )  # fmt: skip
+    rewards = {"reward": judge, **{f"held out {n}": load_judge(r, network.device)
+                                   for n, r in enumerate(held_out_rewards, 1)}}  # fmt: skip
+    gallery = Gallery.of(problem, checked_prompts(evaluation_prompts or texts[:16]), rewards)
+    run = _Run(problem, trainer, plan, gallery, accelerator, make_folder(out), len(texts))
+    return run.go(method if isinstance(method, str) else type(method).__name__, texts, progress)
+
+
+@attrs.define(eq=False)
+class _Run:
+    """One call of :func:`train`, checked."""
+
+    problem: TrainProblem
+    method: TrainingMethod
+    plan: TrainSettings
+    gallery: Gallery
+    accelerator: Accelerator
+    folder: Path
+    prompts: int
+
+    def go(self, name: str, texts: Sequence[str], progress: bool) -> TrainResult:
+        policy = self.problem.policy
+        optimiser = torch.optim.AdamW(
+            policy.parameters.values(), lr=self.plan.learning_rate, weight_decay=self.plan.weight_decay
+        )
+        state = TrainingState.begin(self.folder, policy, self.problem.old, optimiser, self.plan.ema_decay)
+        record = state.restore(TrainingRecord.about(name, self.method, self.plan, self.problem, self.gallery, texts))
+        if not record.evaluations:
+            self._evaluate(state, record, 0)
+        left = range(record.updates, self.plan.updates)
+        for number in track(left, name, len(left), progress):
+            with CostMeter() as cost:
+                figures = self._update(number, optimiser)
+            state.average(number)
+            record.add(figures, Counter(cost.passes), cost.seconds)
+            last = number + 1 == self.plan.updates
+            if last or (number + 1) % self.plan.evaluate_every == 0:
+                self._evaluate(state, record, number + 1)
+            if self.accelerator.is_main_process and (last or (number + 1) % self.plan.checkpoint_every == 0):
+                state.save(record)
+        policy.load(state.averages)
+        if self.accelerator.is_main_process:
+            policy.save(self.folder)
+            record.write(self.folder)
+        return TrainResult(policy, record)
+
+    def _evaluate(self, state: TrainingState, record: TrainingRecord, number: int) -> None:
+        """With averaged weights; every process does, as all hold the same."""
+        with state.averaged():
+            found: Evaluation = self.gallery.evaluate(self.problem, record.evaluations)
+        record.evaluations.append(found.report(number, record))
+        if self.accelerator.is_main_process:
+            found.save(self.folder / "grids" / f"{number:05d}.png")
+            record.write(self.folder)
+
+    def _update(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
+        """Collect, and take the optimiser's steps; the figures to log."""
+        policy, figures = self.problem.policy, {}
+        with self.accelerator.autocast():
+            experience = self.method.collect(self.problem, self._drawn(number))
+        for _ in range(self.plan.inner_updates):
+            figures = self._step(experience, optimiser, number)
+        if not all(bool(parameter.isfinite().all()) for parameter in policy.parameters.values()):
+            raise NonFiniteError(f"a weight is not finite after update {number}. The last checkpoint is kept.")
+        self.method.updated(self.problem, number)
+        return experience.figures | figures
+
+    def _drawn(self, number: int) -> Update:
+        """This process's prompts: the next of a list that is shuffled anew each time it is through."""
+        each = self.plan.prompts_per_update
+        mine = range(self.accelerator.process_index, each, self.accelerator.num_processes)
+        chosen = []
+        for place in mine:
+            epoch, position = divmod(number * each + place, self.prompts)
+            order = torch.randperm(self.prompts, generator=_shuffling(self.problem.seed, epoch))
+            chosen.append(int(order[position]))
+        return Update(number, tuple(chosen), tuple(mine))
+
+    def _step(self, experience: Experience, optimiser: torch.optim.Optimizer, number: int) -> dict[str, float]:
+        """One optimiser step on the mean loss over the rows of all processes."""
+        total = float(self._summed(torch.tensor(float(len(experience)), device=self.problem.device)))
+        sums: defaultdict[str, float] = defaultdict(float)
+        with differentiating():
+            for rows in experience.batches(self.plan.batch, self.problem.device):
+                with self.accelerator.autocast():
+                    losses, figures = self.method.loss(self.problem, rows)
+                self.accelerator.backward(losses.sum() / total)
+                for name, figure in ({"loss": float(losses.detach().mean())} | figures).items():
+                    sums[name] += figure * len(rows) / len(experience)
+        if not math.isfinite(sums["loss"]):
+            raise NonFiniteError(
+                f"the loss is {sums['loss']} at update {number}; lower the learning rate. The last checkpoint is kept."
+            )
+        parameters = list(self.problem.policy.parameters.values())
+        self._join_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip_norm)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return dict(sums) | {"gradient_norm": float(norm)}
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        found: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return found
+
+    def _join_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add up what the processes found: each has divided by the rows of all."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in parameters:
+            own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            parameter.grad = self._summed(own)
+
+
+def _shuffling(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(stream_seed(seed, epoch, 0, 0, 0, 0))

@@ -1,0 +1,106 @@
+"""How good a policy's samples have become: the trained reward, and rewards that it never saw.
+
+A reward that is trained on can be had by samples that nobody likes better. Rewards that are held out show it: while the
+trained one rises, theirs fall.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+import torch
+from torch import Tensor
+
+from .alignment import reward_condition
+from .alignment_result import GRID_IMAGES, sheet, write_png
+from .comparison import mean_stderr, paired_gain
+from .conditions import Condition
+from .files import make_folder
+from .joint import AnyReward
+from .loading import name_of
+from .particles import initial_noise
+from .provenance import network_identity
+from .sampling import Denoiser
+from .sampling import sample as run_sampler
+from .training_problem import TrainProblem
+
+
+@attrs.frozen(eq=False)
+class Gallery:
+    """The prompts that are always sampled from the same noise, and what judges them; the first reward is trained on."""
+
+    prompts: tuple[str, ...]
+    noise: Tensor
+    conditions: Condition
+    rewards: dict[str, AnyReward]
+    texts: dict[str, Condition]
+
+    @classmethod
+    def of(cls, problem: TrainProblem, prompts: Sequence[str], rewards: Mapping[str, AnyReward]) -> Self:
+        """By the rewards' own names."""
+        named = {name_of(reward): reward for reward in rewards.values()}
+        noise = initial_noise(problem.seed, range(len(prompts)), 1, problem.latent_shape).flatten(0, 1)
+        texts = {name: reward_condition(reward, prompts) for name, reward in named.items()}
+        return cls(tuple(prompts), noise, problem.reference.encode_prompts(list(prompts)), named, texts)
+
+    def identities(self) -> dict[str, Any]:
+        """Which rewards these are, JSON-able."""
+        return {name: network_identity(reward) for name, reward in self.rewards.items()}
+
+    @torch.no_grad()
+    def evaluate(self, problem: TrainProblem, before: Sequence[Mapping[str, Any]]) -> Evaluation:
+        """Sample and judge with the policy as it is; warns of a reward that has fallen since the first evaluation while
+        the trained one has risen, both by more than two standard errors."""
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
+        pictures = []
+        for rows in torch.arange(len(self.prompts)).split(problem.batch):
+            condition = self.conditions.index(rows).to(problem.device)
+            denoiser = Denoiser(problem.policy.backbone, condition, problem.null, problem.guidance_scale)
+            latents = run_sampler(denoiser, self.noise[rows].to(problem.device), problem.sigmas)
+            images = denoiser.backbone.decode_latents(latents).clamp(0, 1)
+            for name, reward in self.rewards.items():
+                text = self.texts[name]
+                chosen = text.index(rows).to(problem.device) if len(text) else text
+                parts[name].append(reward.rate(images, chosen).float().cpu())
+            pictures.append(images.cpu())
+        found = {name: torch.cat(scores) for name, scores in parts.items()}
+        fallen = _fallen(found, before[0]["scores"]) if before else []
+        if fallen:
+            warnings.warn(f"{' and '.join(fallen)}, held out, fell while the trained reward rose: reward hacking?",
+                          RuntimeWarning, stacklevel=2)  # fmt: skip
+        return Evaluation(found, torch.cat(pictures), tuple(fallen))
+
+
+@attrs.frozen(eq=False)
+class Evaluation:
+    """Scores ``[P]`` by reward, the trained one first, and the images ``[P, 3, H, W]``; ``fallen`` names held-out
+    rewards that fell."""
+
+    scores: dict[str, Tensor]
+    images: Tensor
+    fallen: tuple[str, ...]
+
+    def report(self, number: int, record: Any) -> dict[str, Any]:
+        """JSON-able: the update, what it had cost, and every reward with its mean and standard error."""
+        return {
+            "update": number, "seconds": round(record.seconds, 1), "passes": dict(record.passes),
+            "rewards": {name: mean_stderr(scores.tolist()).report() for name, scores in self.scores.items()},
+            "scores": {name: scores.tolist() for name, scores in self.scores.items()},
+            "fallen": list(self.fallen),
+        }  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """A grid of the images."""
+        make_folder(path.parent)
+        write_png(path, sheet((self.images[:GRID_IMAGES].clamp(0, 1) * 255).round().byte()))
+
+
+def _fallen(now: Mapping[str, Tensor], first: Mapping[str, Sequence[float]]) -> list[str]:
+    """The held-out rewards that fell while the trained one rose, each prompt beside itself."""
+    changes = {name: paired_gain(scores, first[name]) for name, scores in now.items()}
+    trained, *held_out = ((name, change.mean / max(change.stderr or 0.0, 1e-12)) for name, change in changes.items())
+    return [name for name, sure in held_out if sure < -2] if trained[1] > 2 else []

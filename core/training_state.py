@@ -1,0 +1,151 @@
+"""What a training keeps in its folder: the checkpoint it goes on from, and the record that people read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
+import torch
+from torch import Tensor
+
+from .alignment_result import check_same
+from .checkpoints import load_optimiser, optimiser_tensors, under
+from .costs import KINDS, peak_memory
+from .files import read_metadata, read_tensors, write_json, write_tensors
+from .policy import Policy
+from .provenance import network_identity, versions
+from .structuring import plain
+
+if TYPE_CHECKING:
+    from .training import TrainSettings
+    from .training_evaluation import Gallery
+    from .training_problem import TrainingMethod, TrainProblem
+
+STATE, RECORD = "state.safetensors", "train.json"
+
+
+@attrs.define(eq=False)
+class TrainingRecord:
+    """A run so far: ``settings`` are all that decides it; ``history`` has one entry an update, ``evaluations`` one each
+    time the averaged weights were sampled; ``passes`` and ``seconds`` are the updates' alone, over all sessions."""
+
+    settings: dict[str, Any]
+    history: list[dict[str, float]] = attrs.field(factory=list)
+    evaluations: list[dict[str, Any]] = attrs.field(factory=list)
+    passes: Counter[str] = attrs.field(factory=Counter)
+    seconds: float = 0.0
+
+    @classmethod
+    def about(
+        cls, name: str, method: TrainingMethod, plan: TrainSettings, problem: TrainProblem, gallery: Gallery,
+        prompts: Sequence[str],
+    ) -> Self:  # fmt: skip
+        """The record of a run that has not begun."""
+        from .alignment import estimator_identity, prompts_digest
+
+        training = plain(plan)
+        for free in ("updates", "batch", "evaluate_every", "checkpoint_every"):  # these change no weight
+            training.pop(free)
+        settings = {
+            "method": name, "method_settings": plain(method), "training": training,
+            "estimator": estimator_identity(problem.estimator), "backbone": network_identity(problem.reference),
+            "rewards": gallery.identities(), "seed": problem.seed, "steps": problem.steps,
+            "guidance_scale": float(problem.guidance_scale), "latent_shape": list(problem.latent_shape),
+            "prompts": prompts_digest(prompts), "evaluation_prompts": prompts_digest(gallery.prompts),
+        }  # fmt: skip
+        return cls(dict(json.loads(json.dumps(settings, default=repr))))
+
+    @property
+    def updates(self) -> int:
+        return len(self.history)
+
+    def add(self, figures: dict[str, float], passes: Counter[str], seconds: float) -> None:
+        """One more update."""
+        self.history.append(figures)
+        self.passes.update(passes)
+        self.seconds += seconds
+
+    def cost(self) -> dict[str, float]:
+        """JSON-able: passes by kind (only kinds that ran), ``seconds``, ``peak_memory`` in bytes."""
+        ran = {kind: self.passes[kind] for kind in KINDS if self.passes[kind]}
+        return {**ran, "seconds": round(self.seconds, 3), "peak_memory": peak_memory()}
+
+    def write(self, folder: Path) -> None:
+        """``train.json``, and ``training.png`` once there is something to draw."""
+        from . import training_plots
+
+        write_json(folder / RECORD, {
+            "settings": self.settings, "seed": self.settings["seed"], "versions": versions(), "cost": self.cost(),
+            "updates": self.updates, "evaluations": self.evaluations, "history": self.history,
+        })  # fmt: skip
+        if len(self.evaluations) > 1:
+            training_plots.training_curves(self.evaluations, folder / "training.png")
+
+
+@attrs.define(eq=False)
+class TrainingState:
+    """Everything that moves: the policy's numbers, their averages, the old policy's, the optimiser's."""
+
+    folder: Path
+    policy: Policy
+    old: Policy | None
+    optimiser: torch.optim.Optimizer
+    decay: float
+    averages: dict[str, Tensor]
+
+    @classmethod
+    def begin(
+        cls, folder: Path, policy: Policy, old: Policy | None, optimiser: torch.optim.Optimizer, decay: float
+    ) -> Self:
+        return cls(folder, policy, old, optimiser, decay, policy.tensors())
+
+    @torch.no_grad()
+    def average(self, number: int) -> None:
+        """Follow the policy after update ``number``, closely at first."""
+        decay = min(self.decay, (1 + number) / (10 + number))
+        for name, parameter in self.policy.parameters.items():
+            self.averages[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The policy with its averaged numbers."""
+        own = self.policy.tensors()
+        self.policy.load(self.averages)
+        try:
+            yield
+        finally:
+            self.policy.load(own)
+
+    def save(self, record: TrainingRecord) -> None:
+        """Write the checkpoint, whole or not at all."""
+        parts = {"policy": self.policy.tensors(), "average": self.averages}
+        if self.old is not None:
+            parts["old"] = self.old.tensors()
+        tensors = {f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()}
+        kept = {field.name: getattr(record, field.name) for field in attrs.fields(type(record))}
+        write_tensors(
+            self.folder / STATE, tensors | optimiser_tensors(self.optimiser), {"record": json.dumps(kept)}
+        )
+
+    def restore(self, record: TrainingRecord) -> TrainingRecord:
+        """Take the checkpoint of the same run, if there is one, and return its record.
+
+        Raises :class:`ConfigError` for another run's, naming what differs.
+        """
+        path = self.folder / STATE
+        if not path.exists():
+            return record
+        kept = json.loads(read_metadata(path)["record"])
+        check_same(kept["settings"], record.settings, self.folder)
+        tensors = read_tensors(path)
+        self.policy.load(under("policy", tensors))
+        self.averages = under("average", tensors)
+        if self.old is not None:
+            self.old.load(under("old", tensors))
+        load_optimiser(self.optimiser, tensors)
+        return TrainingRecord(**{**kept, "passes": Counter(kept["passes"])})

@@ -1,0 +1,133 @@
+"""Direct reward fine-tuning: the value's gradient through the sampler's last steps (paper, section 6).
+
+One class for what differs in two numbers: DRaFT-K (Clark et al. 2024: ``backward_steps`` K), DRaFT-LV (``renoised``),
+AlignProp (Prabhudesai et al. 2024: ``truncation="random"``) and ReFL (Xu et al. 2023: ``backward_steps=0`` and ``stop``
+with Tweedie's estimate, whose own denoiser pass carries the gradient). With ``stop`` and a stitched value it is the
+paper's early-stopped form: ``V(z_tau)`` instead of the clean reward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stitchvm.core import (
+    ConfigError,
+    Experience,
+    Ode,
+    Prompted,
+    Rows,
+    StopWindow,
+    TrainProblem,
+    Update,
+    as_sigma,
+    spread,
+    spread_seed,
+)
+
+non_negative: Any = attrs.validators.ge(0)
+optional_count: Any = attrs.validators.optional(attrs.validators.ge(0))
+
+
+@attrs.frozen(kw_only=True)
+class Draft:
+    """Settings of DRaFT and its relatives.
+
+    ``samples_per_prompt``: of an update. ``stop``: the first and last number of steps after which to stop and read the
+    value, uniformly, one an update (None: run to the end). ``backward_steps``: how many of the last steps before that
+    carry the gradient (None: all; 0: none, for an estimator that reads the denoiser). ``truncation``: ``random`` draws
+    that number uniformly from 1 to ``backward_steps`` (None: to the stop) every update. ``renoised``: average the
+    gradient over so many samples that are noised again for one step (DRaFT-LV, 2; 0: not). ``regularisation``: weight
+    of the mean squared difference from the frozen backbone's velocity at the steps with gradient. ``margin``: lower the
+    loss no further where the value is above it (ReFL: 2).
+
+    Raises :class:`ConfigError` for a value out of range, ``renoised`` with other than one backward step, and
+    ``truncation`` without any.
+    """
+
+    needs_old: ClassVar[bool] = False
+
+    samples_per_prompt: int = attrs.field(default=1, validator=attrs.validators.ge(1))
+    stop: StopWindow | None = None
+    backward_steps: int | None = attrs.field(default=1, validator=optional_count)
+    truncation: Literal["fixed", "random"] = attrs.field(
+        default="fixed", validator=attrs.validators.in_(("fixed", "random"))
+    )
+    renoised: int = attrs.field(default=0, validator=non_negative)
+    regularisation: float = attrs.field(default=0.01, validator=non_negative)
+    margin: float | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.renoised and self.backward_steps != 1:
+            raise ConfigError(f"renoised is {self.renoised}: it repeats the last step; set backward_steps to 1.")
+        if self.truncation == "random" and self.backward_steps == 0:
+            raise ConfigError("truncation is random, but backward_steps is 0; leave one of them out.")
+
+    def collect(self, problem: TrainProblem, update: Update) -> Experience:
+        """Which noise to start from, where to stop, and from where on to keep the gradient."""
+        through = bool(getattr(problem.estimator, "through_denoiser", False))
+        stop = problem.stop_step(self.stop, update)
+        if self.backward_steps == 0 and not (through and stop < problem.steps):
+            raise ConfigError(
+                "backward_steps is 0, so that the gradient has only the estimator's own denoiser pass to go through; "
+                "give an estimator that has one (tweedie) and a window to stop in before the last step."
+            )
+        owners = problem.owners(update, self.samples_per_prompt)
+        first = stop - self._depth(problem, update, stop)
+        samples = {
+            "seed": problem.seeds(update, self.samples_per_prompt, 0),
+            "stop": torch.full_like(owners, stop), "first": torch.full_like(owners, first),
+        }  # fmt: skip
+        return Experience.of_samples(samples, owners, {"stop": float(stop)})
+
+    def _depth(self, problem: TrainProblem, update: Update, stop: int) -> int:
+        """How many steps carry the gradient."""
+        most = stop if self.backward_steps is None else min(self.backward_steps, stop)
+        if self.truncation == "fixed":
+            return most
+        return int(torch.randint(1, most + 1, (), generator=problem.generator(update, 2)))
+
+    def loss(self, problem: TrainProblem, rows: Rows) -> tuple[Tensor, dict[str, float]]:
+        """``-V(z_tau)`` and the regularisation, a row."""
+        stop, first = int(rows["stop"][0]), int(rows["first"][0])
+        owners, seeds = rows.owners, rows["seed"]
+        latents = problem.rollout(problem.policy.backbone, problem.noise(seeds), owners, first)
+        if self.renoised:
+            latents, owners = self._noised_again(problem, latents, owners, seeds, first, stop)
+        context = problem.context(owners)
+        distance = latents.new_zeros(len(latents))
+        for step in range(first, stop):
+            latents, away = _step(problem, context, latents, owners, step, self.regularisation > 0)
+            distance = distance + away / max(stop - first, 1)
+        value = problem.estimator(latents, as_sigma(problem.sigmas[stop], latents), context, None)
+        gain = -value if self.margin is None else F.relu(self.margin - value)
+        losses = (gain + self.regularisation * distance).view(len(rows), -1).mean(1)
+        return losses, {"value": float(value.detach().mean()), "distance": float(distance.detach().mean())}
+
+    def _noised_again(
+        self, problem: TrainProblem, latents: Tensor, owners: Tensor, seeds: Tensor, first: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """Each sample ``renoised`` times: taken the last step, and back by fresh noise."""
+        latents = problem.rollout(problem.policy.backbone, latents, owners, stop, start=first)
+        kept, fresh = latents.repeat_interleave(self.renoised, 0), problem.noise(spread_seed(seeds, self.renoised))
+        level, back = (as_sigma(problem.sigmas[step], kept) for step in (stop, first))
+        weight, std = problem.reference.path.transfer(level, back)
+        return spread(weight, kept) * kept + spread(std, kept) * fresh, owners.repeat_interleave(self.renoised)
+
+    def updated(self, problem: TrainProblem, number: int) -> None:
+        """Nothing is left to do."""
+
+
+def _step(
+    problem: TrainProblem, context: Prompted, latents: Tensor, owners: Tensor, step: int, regularised: bool
+) -> tuple[Tensor, Tensor]:
+    """One step with its gradient, and its distance ``[B]`` from the frozen backbone's."""
+    prediction = context.denoiser(latents, problem.sigmas[step])
+    following = Ode()(prediction, as_sigma(problem.sigmas[step + 1], latents)).mean
+    if not regularised:
+        return following, latents.new_zeros(len(latents))
+    return following, prediction.distance(problem.reference_prediction(latents, prediction.sigma, owners))

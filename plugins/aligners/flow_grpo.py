@@ -1,0 +1,164 @@
+"""Flow-GRPO (Liu et al. 2025) and its fast variants: policy gradient on the steps of a stochastic sampler.
+
+Within a window of steps the sampler draws, elsewhere it follows the ODE; samples of one prompt are compared with their
+group's mean, and what led to the better ones is made more likely. ``stop`` reads the value before the end, as
+everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from stitchvm.core import (
+    ConfigError,
+    Cps,
+    Experience,
+    Kernel,
+    Rows,
+    Sde,
+    StopWindow,
+    TrainProblem,
+    Transition,
+    Update,
+    as_sigma,
+)
+
+positive: Any = attrs.validators.gt(0)
+non_negative: Any = attrs.validators.ge(0)
+
+
+@attrs.frozen(kw_only=True)
+class FlowGrpo:
+    """Settings of Flow-GRPO; the defaults are the released full form's (48 prompts x 24, guidance 4.5).
+
+    ``samples_per_prompt``: of a group. ``sampler``: ``sde`` (``noise_level`` 0.7) or ``cps``, whose log-probability is
+    released without its variance, ``-(x - mean)^2``. ``window_size``: how many steps draw and are learnt from (None:
+    all but the last); ``window_range``: the window begins uniformly so that it lies in steps ``[low, high)`` (None:
+    anywhere). ``branch``: the samples of a prompt are one until the window (Flow-GRPO-Fast). ``stop`` as for the other
+    methods. ``clip_range``: of the ratio (fast: 1e-5). ``advantage_clip``, ``group_std``: as for ``diffusion-nft``.
+    ``kl_weight``: of the steps' distance from the frozen backbone's (fast: 0). ``ratio_bound``: a step whose ratio lies
+    beyond this factor is left out and counted as ``exploded``.
+
+    Raises :class:`ConfigError` for a value out of range.
+    """
+
+    needs_old: ClassVar[bool] = False
+
+    samples_per_prompt: int = attrs.field(default=24, validator=attrs.validators.ge(2))
+    sampler: Literal["sde", "cps"] = attrs.field(default="sde", validator=attrs.validators.in_(("sde", "cps")))
+    noise_level: float = attrs.field(default=0.7, validator=positive)
+    window_size: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(1)))
+    window_range: tuple[int, int] | None = None
+    branch: bool = False
+    stop: StopWindow | None = None
+    clip_range: float = attrs.field(default=1e-4, validator=positive)
+    advantage_clip: float = attrs.field(default=5.0, validator=positive)
+    group_std: bool = False
+    kl_weight: float = attrs.field(default=0.04, validator=non_negative)
+    ratio_bound: float = attrs.field(default=10.0, validator=attrs.validators.gt(1))
+
+    def kernel(self) -> Kernel:
+        """What draws in the window."""
+        return Sde("grpo", self.noise_level) if self.sampler == "sde" else Cps(self.noise_level)
+
+    def window(self, problem: TrainProblem, update: Update, stop: int) -> tuple[int, int]:
+        """First step that draws in this update, and the one after the last.
+
+        Raises :class:`ConfigError` for a window that does not fit the steps before the stop.
+        """
+        end = stop if stop < problem.steps else stop - 1  # the last step to the clean latent is never drawn
+        if self.window_size is None:
+            return 0, end
+        low, high = self.window_range or (0, end)
+        if not 0 <= low < high <= end or high - low < self.window_size:
+            raise ConfigError(
+                f"a window of {self.window_size} steps in [{low}, {high}) does not fit the {end} steps that can draw."
+            )
+        start = torch.randint(low, high - self.window_size + 1, (), generator=problem.generator(update, 2))
+        return int(start), int(start) + self.window_size
+
+    @torch.no_grad()
+    def collect(self, problem: TrainProblem, update: Update) -> Experience:
+        """Every drawn step of every sample: where it began, where it led, how likely that was, and its advantage."""
+        stop, network = problem.stop_step(self.stop, update), problem.policy.backbone
+        first, end = self.window(problem, update, stop)
+        owners, count = problem.owners(update, self.samples_per_prompt), self.samples_per_prompt
+        latents = problem.noise(problem.seeds(update, count, 0))
+        if self.branch:
+            latents = latents[::count].repeat_interleave(count, 0)
+        latents = problem.rollout(network, latents, owners, first)
+        drawn: dict[str, list[Tensor]] = {name: [] for name in ("before", "after", "log_prob", "step", "sample")}
+        for step in range(first, end):
+            noise = problem.noise(problem.seeds(update, count, 3 + step))
+            after, likelihood = self._draw(problem, latents, owners, step, noise)
+            entries = (latents, after, likelihood, torch.full_like(owners, step), torch.arange(len(owners)))
+            for name, entry in zip(drawn, entries, strict=True):
+                drawn[name].append(entry.cpu())
+            latents = after
+        latents = problem.rollout(network, latents, owners, stop, start=end)
+        values = problem.values(latents, owners, stop, network)
+        advantages = problem.advantages(values, count, group_std=self.group_std).cpu()
+        rows = {name: torch.cat(entries) for name, entries in drawn.items()}
+        clip = self.advantage_clip
+        found = Experience({"advantage": advantages.clamp(-clip, clip)}, owners, rows,
+                           {"stop": float(stop), "value": float(values.nanmean())})  # fmt: skip
+        return found.kept(advantages.isfinite()[rows["sample"]])
+
+    def _draw(
+        self, problem: TrainProblem, latents: Tensor, owners: Tensor, step: int, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What one step draws, and its log-probability ``[S]``, in batches."""
+        after, likelihood = [], []
+        for rows in torch.arange(len(latents)).split(problem.batch):
+            steps = torch.full((len(rows),), step)
+            transition = self.transition(problem, latents[rows], steps, owners[rows])
+            after.append(transition.sample(noise[rows]))
+            likelihood.append(self.log_prob(transition, after[-1]))
+        return torch.cat(after), torch.cat(likelihood)
+
+    def transition(
+        self, problem: TrainProblem, latents: Tensor, steps: Tensor, owners: Tensor, *, frozen: bool = False
+    ) -> Transition:
+        """The policy's, or the frozen backbone's, from latents ``[B, C, h, w]`` before their ``steps [B]``."""
+        sigma, following = (problem.sigmas[where.to(problem.device)] for where in (steps, steps + 1))
+        context = problem.context(owners, problem.reference if frozen else None)
+        return self.kernel()(context.denoiser(latents, sigma), as_sigma(following, latents))
+
+    def log_prob(self, transition: Transition, latents: Tensor) -> Tensor:
+        """``[B]``: a mean over the dimensions, as released."""
+        if self.sampler == "cps":
+            return -(latents - transition.mean).square().flatten(1).mean(1)
+        return transition.log_prob(latents) / latents[0].numel()
+
+    def loss(self, problem: TrainProblem, rows: Rows) -> tuple[Tensor, dict[str, float]]:
+        """The clipped policy-gradient loss, and the distance of the step's mean from the frozen backbone's, a row."""
+        before, after, steps = rows["before"], rows["after"], rows["step"]
+        transition = self.transition(problem, before, steps, rows.owners)
+        change = self.log_prob(transition, after) - rows["log_prob"]
+        exploded = ~(change.detach().abs() <= math.log(self.ratio_bound))  # NaN too
+        ratio = change.masked_fill(exploded, 0).exp()
+        losses = clipped_loss(ratio, rows["advantage"], self.clip_range).masked_fill(exploded, 0)
+        figures = {"ratio": float(ratio.detach().mean()), "exploded": float(exploded.float().mean())}
+        if self.kl_weight:
+            with torch.no_grad():
+                frozen = self.transition(problem, before, steps, rows.owners, frozen=True)
+            apart = (transition.mean - frozen.mean).square().flatten(1).mean(1)
+            # released without the step's length: over the variance of a unit of time
+            length = problem.sigmas[steps] - problem.sigmas[steps + 1]
+            divergence = apart * length / (2 * transition.std.square())
+            losses = losses + self.kl_weight * divergence
+            figures["divergence"] = float(divergence.detach().mean())
+        return losses, figures
+
+    def updated(self, problem: TrainProblem, number: int) -> None:
+        """Nothing is left to do."""
+
+
+def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """``max(-A rho, -A clip(rho, 1 - c, 1 + c))`` (PPO)."""
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
