@@ -12,6 +12,7 @@ import typer
 from ..errors import ConfigError
 from .options import BackboneName
 from .output import Json, print_json, print_table
+from .training import train_and_print
 
 if TYPE_CHECKING:
     from ..alignment_result import AlignResult
@@ -37,9 +38,10 @@ def command(
     particles: Annotated[int | None, typer.Option(help="Samples a prompt (default: the method's).")] = None,
     proposals: Annotated[int, typer.Option(help="Draws a particle and step, where the method takes some.")] = 1,
     seed: Annotated[int, typer.Option(help="Of all noise; runs of one seed can be compared in pairs.")] = 0,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 28,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: 28, in training 10).")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 is none (default: 3, or 1 if distilled).")
+        float | None,
+        typer.Option(help="Classifier-free guidance; 1 is none (default: 3; 1 if distilled and in training)."),
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels (default: the backbone's own).")] = None,
     batch: Annotated[int, typer.Option(help="Samples in memory at a time; changes nothing else.")] = 64,
@@ -47,23 +49,52 @@ def command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; may be repeated.")
     ] = None,
+    training: Annotated[
+        list[str] | None,
+        typer.Option("--train", metavar="KEY=VALUE", help="Of a method that trains: updates=100, learning_rate .."),
+    ] = None,
+    held_out_reward: Annotated[
+        list[str] | None, typer.Option(help="Of a method that trains: a reward to watch; may be repeated.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Sample prompts with a method that seeks a high reward; steer by a value model or by Tweedie's estimate."""
+    """Sample prompts with a method that seeks a high reward, steered by a value model or another estimator; or, with a
+    method that trains, finetune the backbone for it.
+
+    Training with several processes: accelerate launch -m stitchvm.core.cli align ...
+    """
     from ..alignment import align
     from ..prompts import open_prompts
+    from ..registries import registry
 
     if value is not None and estimator is not None:
         raise ConfigError("--value and --estimator each say what steers; give one of them.")
+    steered_by, own = value if estimator is None else estimator, method_settings(settings or ())
+    if registry().aligner(method).trains:
+        _refuse({"--particles": particles, "--no-reuse": not reuse, "--proposals": proposals != 1}, method, "trains")
+        chosen = {"steps": steps, "guidance_scale": guidance_scale}
+        train_and_print(
+            method, backbone, steered_by, prompts, count, out, as_json, training or (), seed=seed, reward=reward,
+            resolution=resolution, held_out_rewards=tuple(held_out_reward or ()), **own,
+            **{name: entry for name, entry in chosen.items() if entry is not None},
+        )  # fmt: skip
+        return
+    _refuse({"--train": training, "--held-out-reward": held_out_reward}, method, "only samples")
     result = align(
-        method, backbone, value if estimator is None else estimator, open_prompts(prompts, count, split="test"),
-        particles=particles, proposals=proposals, seed=seed, steps=steps, guidance_scale=guidance_scale,
-        resolution=resolution, reward=reward, batch=batch, reuse=reuse, out=out, **method_settings(settings or ()),
+        method, backbone, steered_by, open_prompts(prompts, count, split="test"), particles=particles,
+        proposals=proposals, seed=seed, steps=28 if steps is None else steps, guidance_scale=guidance_scale,
+        resolution=resolution, reward=reward, batch=batch, reuse=reuse, out=out, **own,
     )  # fmt: skip
     if as_json:
         print_json(result.report())
     else:
         _print(result, out)
+
+
+def _refuse(options: dict[str, Any], method: str, does: str) -> None:
+    """:class:`ConfigError` for options of the other kind of method."""
+    if given := [name for name, entry in options.items() if entry]:
+        raise ConfigError(f"{method} {does}, so that {', '.join(given)} means nothing here; leave it out.")
 
 
 _TAKEN = {"particles", "proposals", "seed", "steps", "guidance_scale", "resolution", "reward", "batch", "reuse", "out"}

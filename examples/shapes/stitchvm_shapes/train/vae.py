@@ -112,7 +112,7 @@ def evaluate(vae: AutoencoderKL, images: Tensor) -> dict[str, float]:
 
 
 def load(out: Path) -> AutoencoderKL:
-    """The autoencoder of a folder of exported models, float32: its own, or shapes-mmdit's where that alone is shipped."""
+    """The autoencoder of a folder of exported models, float32: its own, or shapes-mmdit's."""
     folder = next((place for place in (out / "vae", out / "shapes-mmdit" / "vae") if place.exists()), out / "vae")
     vae: AutoencoderKL = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
     return vae.eval()
