@@ -1,0 +1,147 @@
+"""A policy: a LoRA of its own over the frozen backbone's tensors, and what plain diffusers makes of it once saved."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import families
+from pipelines import KINDS, open_pipeline, pipeline_record, write_pipeline
+from stitchvm import core
+from stitchvm.core import LATENT, Head, LoraSettings, Policy
+from training_worlds import LORA
+
+FAMILIES = {
+    "sd3": (families.mmdit, families.mmdit_input),
+    "flux": (families.flux, families.flux_input),
+    "sd": (families.unet, families.unet_input),
+}
+
+
+def moved(policy: Policy, by: float = 0.05) -> Policy:
+    with torch.no_grad():
+        for name, parameter in policy.parameters.items():
+            parameter.add_(by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    return policy
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_it_begins_as_the_backbone_and_leaves_it_alone(kind):
+    build, inputs = FAMILIES[kind]
+    backbone = build()
+    x, condition = inputs(backbone)
+    before = backbone.upstream(x, condition)
+    policy = Policy.of(backbone, LORA)
+    assert torch.equal(policy.backbone.upstream(x, condition), before)
+    output = moved(policy).backbone.resume(policy.backbone.head(x, condition, 0), 0)
+    assert not torch.allclose(output, before, atol=1e-3)
+    assert torch.equal(output, policy.backbone.upstream(x, condition))
+    assert torch.equal(backbone.upstream(x, condition), before)
+    cut = backbone.depth // 2
+    assert torch.equal(Head(backbone, cut)(x, condition), dict(backbone.features(x, condition))[cut])
+    output.square().mean().backward()
+    # an SD 3's last block drops its text tokens, so that their queries lead nowhere
+    moving = [n for n, p in policy.parameters.items() if p.grad is not None and bool(p.grad.abs().max() > 0)]
+    assert len(moving) >= 0.9 * len(policy.parameters)
+    assert all(p.grad is None for p in backbone.net.parameters())
+
+
+def test_it_shares_the_frozen_tensors_and_holds_its_own_in_float32():
+    backbone = families.mmdit().to(torch.bfloat16)
+    policy = Policy.of(backbone, LORA)
+    frozen = {p.data_ptr() for p in backbone.net.parameters()}
+    own = {p.data_ptr() for p in policy.parameters.values()}
+    assert {p.data_ptr() for p in policy.backbone.net.parameters()} == frozen | own
+    assert {p.dtype for p in policy.parameters.values()} == {torch.float32}
+    names = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in policy.parameters}
+    assert names >= {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+
+
+def test_another_has_numbers_of_its_own_and_follows():
+    policy = Policy.of(families.mmdit(), LORA)
+    other = moved(policy.another())
+    name = next(iter(policy.parameters))
+    first, second = policy.tensors()[name], other.tensors()[name]
+    assert not torch.equal(first, second) and not other.parameters[name].requires_grad
+    other.follow(policy, 0.25)
+    torch.testing.assert_close(other.parameters[name], 0.25 * second + 0.75 * first)
+    policy.load(other.tensors())
+    assert torch.equal(policy.parameters[name], other.parameters[name])
+    with pytest.raises(core.ArtefactError, match="another network or LoRA"):
+        policy.load(Policy.of(families.mmdit(), LoraSettings(rank=3, alpha=4)).tensors())
+
+
+def test_the_whole_network_can_be_trained_instead():
+    backbone = families.mmdit()
+    policy = Policy.of(backbone, None)
+    assert set(policy.parameters) == {name for name, _ in backbone.net.named_parameters()}
+    assert not {p.data_ptr() for p in policy.parameters.values()} & {p.data_ptr() for p in backbone.net.parameters()}
+
+
+def test_targets_that_are_not_there_are_an_error():
+    with pytest.raises(core.ConfigError, match="none of the modules to_nowhere"):
+        Policy.of(families.mmdit(), LoraSettings(targets=("to_nowhere",)))
+
+
+PLAIN = """
+import sys, json, torch
+sys.modules["stitchvm"] = None  # as if it were not installed
+import diffusers
+folder, lora, target, kind = sys.argv[1:5]
+index = json.load(open(folder + "/model_index.json"))
+absent = [name for name, origin in index.items() if origin == [None, None]]
+pipe = getattr(diffusers, kind).from_pretrained(folder, **dict.fromkeys(absent))
+if lora != "none":
+    pipe.load_lora_weights(lora)
+call = json.loads(sys.argv[5])
+pipe("abc", num_inference_steps=3, guidance_scale=1.0, height=16, width=16, latents=torch.load(target + ".pt"),
+     **call).images[0].save(target)
+"""
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sd"])
+def test_plain_diffusers_loads_it_and_gives_the_same_image(kind, tmp_path):
+    """``StableDiffusion3Pipeline`` and its relatives, in a process where this package cannot be imported; there and
+    here the network is the pipeline's with the LoRA, so that the pictures agree to the last of 256 levels."""
+    write_pipeline(tmp_path / "pipe", kind)
+    pipe = open_pipeline(tmp_path / "pipe", kind)
+    backbone = core.backbone_from(pipe, name=pipeline_record(tmp_path / "pipe", kind))
+    policy = moved(Policy.of(backbone, LORA), 0.3)
+    policy.save(tmp_path / "lora")
+    call = KINDS[kind].call
+    latents = pipe.prepare_latents(1, 4, 16, 16, torch.float32, "cpu", torch.Generator().manual_seed(1))
+    latents = latents[0] if isinstance(latents, tuple) else latents
+    pictures = {}
+    for name, lora in (("without", "none"), ("with", str(tmp_path / "lora"))):
+        target = tmp_path / f"{name}.png"
+        torch.save(latents, f"{target}.pt")
+        arguments = [str(tmp_path / "pipe"), lora, str(target), KINDS[kind].pipeline.__name__, json.dumps(call)]
+        subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True)
+        pictures[name] = as_numbers(target)
+    setattr(pipe, KINDS[kind].part, policy.backbone.net)
+    ours = pipe("abc", num_inference_steps=3, guidance_scale=1.0, height=16, width=16, latents=latents, **call)
+    ours.images[0].save(tmp_path / "ours.png")
+    here = as_numbers(tmp_path / "ours.png")
+    assert (here - pictures["with"]).abs().max() <= 1
+    assert (here - pictures["without"]).abs().max() > 3
+
+
+def as_numbers(path: Path) -> torch.Tensor:
+    with Image.open(path) as image:
+        return torch.tensor(list(image.convert("RGB").tobytes())).float()
+
+
+def test_a_value_models_head_never_sees_the_adapter():
+    backbone = families.mmdit()
+    x, condition = families.mmdit_input(backbone)
+    head = Head(backbone, 2)
+    before = head(x, condition)
+    moved(Policy.of(backbone, LORA))
+    assert torch.equal(head(x, condition), before)
+    assert torch.equal(Head(backbone, LATENT)(x, condition), x.latents)

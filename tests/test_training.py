@@ -1,0 +1,250 @@
+"""The trainer: resuming after SIGKILL, several processes, evaluation of held-out rewards, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import families
+from stitchvm import core
+from stitchvm.core import LoraSettings, Prediction, Prompted, TrainSettings
+from stitchvm.core.files import read_tensors
+from stitchvm.core.training_evaluation import _fallen
+from stitchvm.plugins.aligners.best_of_n import BestOfN
+from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
+from stitchvm.plugins.aligners.draft import Draft
+from stitchvm.plugins.aligners.flow_grpo import FlowGrpo
+from training_worlds import Brightness
+
+METHODS = {
+    "draft": Draft(), "nft": DiffusionNft(samples_per_prompt=2, stop=(2, 3)), "grpo": FlowGrpo(samples_per_prompt=2),
+}  # fmt: skip
+PROMPTS = ["a red ball", "a blue box", "a green cone"]
+
+
+def run(
+    method: object, out: Path, updates: int = 4, value: object = None, prompts_per_update: int = 2, **settings: object
+) -> core.TrainResult:
+    plan = TrainSettings(
+        updates=updates, prompts_per_update=prompts_per_update, learning_rate=1e-2, evaluate_every=2,
+        checkpoint_every=1, lora=LoraSettings(rank=2, alpha=4), **settings,
+    )  # fmt: skip
+    return core.train(
+        method, families.mmdit(), value or Brightness(), PROMPTS, out=out, training=plan, reward=families.clip(),
+        steps=4, evaluation_prompts=PROMPTS[:2], progress=False,
+    )  # fmt: skip
+
+
+def lora_of(folder: Path) -> dict[str, Tensor]:
+    return read_tensors(folder / "pytorch_lora_weights.safetensors")
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_raises_the_value_and_says_what_it_cost(name, tmp_path):
+    result = run(METHODS[name], tmp_path, updates=12)
+    values = [entry["value"] for entry in result.record.history]
+    assert sum(values[-3:]) > sum(values[:3])
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert report["updates"] == 12 and report["seed"] == 0 and report["versions"]["torch"]
+    assert report["cost"]["denoiser"] > report["cost"]["denoiser_backward"] > 0
+    assert [entry["update"] for entry in report["evaluations"]] == [0, 2, 4, 6, 8, 10, 12]
+    assert (tmp_path / "training.png").exists() and (tmp_path / "grids" / "00012.png").exists()
+    saved = {f"transformer.{n.replace('.default', '')}": p for n, p in result.policy.parameters.items()}
+    assert_equal(lora_of(tmp_path), {name: p.detach() for name, p in saved.items()})
+
+
+def test_drafts_passes_are_those_that_it_says(tmp_path):
+    """Two prompts, four steps, the last with gradient and once more by the frozen backbone: 8 + 2, of which 2."""
+    result = run(Draft(), tmp_path, updates=3)
+    passes = result.record.passes
+    assert (passes["denoiser"], passes["denoiser_backward"]) == (3 * 10, 3 * 2)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_batch_changes_nothing_but_memory(batch, tmp_path):
+    for name, method in METHODS.items():
+        run(method, tmp_path / name / "whole", updates=2, batch=64)
+        run(method, tmp_path / name / "parts", updates=2, batch=batch)
+        whole, parts = (lora_of(tmp_path / name / which) for which in ("whole", "parts"))
+        for key, tensor in whole.items():
+            torch.testing.assert_close(parts[key], tensor, rtol=1e-3, atol=2e-4)
+
+
+def test_a_run_goes_on_with_more_updates_and_refuses_other_settings(tmp_path):
+    run(Draft(), tmp_path / "parts", updates=2)
+    run(Draft(), tmp_path / "parts", updates=4)
+    run(Draft(), tmp_path / "whole", updates=4)
+    assert_equal(lora_of(tmp_path / "parts"), lora_of(tmp_path / "whole"))
+    with pytest.raises(core.ConfigError, match="method_settings.backward_steps was 1, now 2"):
+        run(Draft(backward_steps=2), tmp_path / "whole")
+
+
+ZYGOTE = """
+import os, signal, sys, time, random
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_training as tests
+
+name, folder, kills = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+
+def child():
+    pid = os.fork()
+    if pid == 0:
+        tests.run(tests.METHODS[name], folder, updates=8)
+        os._exit(0)
+    return pid
+
+state, chance = folder / "state.safetensors", random.Random(name)
+for _ in range(kills):
+    seen = state.stat().st_mtime_ns if state.exists() else 0
+    pid = child()
+    while not state.exists() or state.stat().st_mtime_ns == seen:
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.2))
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert not (folder / "pytorch_lora_weights.safetensors").exists()
+assert os.waitpid(child(), 0)[1] == 0
+"""
+
+
+def start(name: str, folder: Path, kills: int) -> subprocess.Popen[bytes]:
+    """A process that forks trainings, killing so many: what it imports is imported once."""
+    return subprocess.Popen([sys.executable, "-c", ZYGOTE, str(Path(__file__).parent), name, str(folder), str(kills)])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_killed_at_five_random_moments_and_resumed_ends_in_the_same_weights(name, tmp_path):
+    whole, killed = start(name, tmp_path / "whole", 0), start(name, tmp_path / "killed", 5)
+    assert killed.wait() == 0 and whole.wait() == 0
+    assert_equal(lora_of(tmp_path / "killed"), lora_of(tmp_path / "whole"))
+    assert_equal(read_tensors(tmp_path / "killed" / "state.safetensors"),
+                 read_tensors(tmp_path / "whole" / "state.safetensors"))  # fmt: skip
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_training as tests
+
+for name, method in tests.METHODS.items():
+    tests.run(method, Path(sys.argv[2]) / name, updates=2)
+"""
+
+
+def test_two_processes_give_the_single_ones_result(tmp_path):
+    """Gloo; the sums of gradients differ in their order alone, which Adam's first steps enlarge where one is near 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = str(Path(__file__).parent)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, here, str(tmp_path / "two")],
+                         env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    for name, method in METHODS.items():
+        run(method, tmp_path / "one" / name, updates=2)
+    assert [process.wait() for process in both] == [0, 0]
+    for name in METHODS:
+        one, two = (lora_of(tmp_path / which / name) for which in ("one", "two"))
+        start = lora_of_the_start()
+        step = max(float((one[key] - start[key]).abs().max()) for key in one)
+        assert step > 1e-3
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, rtol=0, atol=0.02 * step)
+
+
+def lora_of_the_start() -> dict[str, Tensor]:
+    policy = core.Policy.of(families.mmdit(), LoraSettings(rank=2, alpha=4))
+    return {f"transformer.{n.replace('.default', '')}": p for n, p in policy.tensors().items()}
+
+
+def test_more_processes_than_prompts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", property(lambda self: 2))
+    with pytest.raises(core.ConfigError, match="prompts_per_update is 3, which 2 processes cannot share"):
+        run(Draft(), tmp_path, prompts_per_update=3)
+
+
+class BreaksLater:
+    """Not a number from the second update on; says so by counting its calls with gradient."""
+
+    calls = 0
+
+    def __call__(
+        self, latents: Tensor, sigma: Tensor, context: Prompted, prediction: Prediction | None = None
+    ) -> Tensor:
+        type(self).calls += torch.is_grad_enabled()
+        return latents.flatten(1).mean(1) * (math.nan if type(self).calls > 2 else 1.0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    with pytest.raises(core.NonFiniteError, match="the loss is nan at update 2; lower the learning rate"):
+        run(Draft(), tmp_path, value=BreaksLater())
+    kept = read_tensors(tmp_path / "state.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_named():
+    first = {"trained": [0.0, 0.1, 0.2, 0.3], "same": [0.5, 0.5, 0.4, 0.6], "worse": [0.9, 0.8, 0.7, 0.9]}
+    up = {name: torch.tensor(scores) for name, scores in first.items()}
+    up |= {"trained": up["trained"] + torch.tensor([0.3, 0.2, 0.3, 0.4]),
+           "worse": up["worse"] - torch.tensor([0.2, 0.1, 0.2, 0.3]),
+           "same": up["same"] + torch.tensor([0.1, -0.1, 0.05, -0.1])}  # fmt: skip
+    assert _fallen(up, first) == ["worse"]
+    assert _fallen({**up, "trained": torch.tensor(first["trained"])}, first) == []
+
+
+def test_held_out_rewards_are_evaluated_and_never_trained_on(tmp_path):
+    plan = TrainSettings(updates=2, prompts_per_update=2, evaluate_every=1, lora=LoraSettings(rank=2, alpha=4))
+    reward, other = families.clip(), families.clip(seed=5)
+    reward.record, other.record = (
+        core.RewardRecord(name=name, family="clip", path="/nowhere") for name in ("mine", "other")
+    )
+    common = {"training": plan, "reward": reward, "steps": 3, "progress": False}
+    found = core.train("draft", families.mmdit(), None, PROMPTS, out=tmp_path / "a", held_out_rewards=[other], **common)
+    assert [list(entry["rewards"]) for entry in found.record.evaluations] == [["mine", "other"]] * 3
+    core.train("draft", families.mmdit(), None, PROMPTS, out=tmp_path / "b", **common)
+    assert_equal(lora_of(tmp_path / "a"), lora_of(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(("method", "settings", "said"), [
+    (BestOfN(), {}, "BestOfN steers samples and trains nothing; use align"),
+    ("draft", {"backward_step": 2}, "unknown key 'backward_step', did you mean 'backward_steps'"),
+    ("draft", {"renoised": 2, "backward_steps": 3}, "set backward_steps to 1"),
+    ("diffusion-nft", {"samples_per_prompt": 1}, "samples_per_prompt"),
+])  # fmt: skip
+def test_what_a_training_refuses(method, settings, said, tmp_path):
+    with pytest.raises(core.ConfigError, match=said):
+        core.train(method, families.mmdit(), None, PROMPTS, out=tmp_path, reward=families.clip(), **settings)
+
+
+def test_align_refuses_a_method_that_trains():
+    with pytest.raises(core.ConfigError, match="trains weights and steers nothing; use train"):
+        core.align("draft", families.mmdit(), None, PROMPTS, reward=families.clip())
+
+
+def test_an_unwritable_folder_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(core.OutputError, match="cannot write"):
+        run(Draft(), tmp_path / "file")
