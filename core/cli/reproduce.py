@@ -54,7 +54,7 @@ def command(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of dps (table1) or fk-steering; may be repeated."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Training pictures of a missing value model.")] = 4096,
-    finetune_steps: Annotated[int, typer.Option(min=1, help="Its finetune steps, whatever the recipe.")] = 140,
+    finetune_steps: Annotated[int, typer.Option(min=1, help="Its finetune steps, whatever the recipe.")] = 200,
     recipe: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="Its recipe: paper, full, quick, or TOML.")
     ] = "quick",
