@@ -12,12 +12,9 @@ full size, a target is missed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import Any, Literal
 
 import attrs
 import torch
+from processes import arguments, fresh, processor
 from sd35 import BACKBONE, GUIDANCE_SCALE, INTERFACE, REWARD, SMALL_INTERFACE, STEPS, Networks, PeakMemory
 from torch import Tensor
 
@@ -126,15 +124,8 @@ def measure(networks: Networks, figure: Figure, repeats: int) -> dict[str, Any]:
     return {
         "label": figure.label, "seconds": seconds, "min": min(seconds), "median": statistics.median(seconds),
         "memory": memory.bytes, "passes": dict(costs[-1].passes), "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": processor(device),
     }  # fmt: skip
-
-
-def _processor() -> str:
-    """The processor's name and the vector instructions that torch uses of it."""
-    rows = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((row.partition(":")[2].strip() for row in rows if row.startswith("model name")), "cpu")
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Ratio]:
@@ -200,45 +191,13 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def fresh(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """:func:`measure` in a process of its own; what it died of where it did, such as a lack of memory."""
-    command = [sys.executable, __file__, "--figure", name, "--repeats", str(given.repeats)]
-    command += ["--small"] * given.small + (["--threads", str(given.threads)] if given.threads else [])
-    # some libraries read their number of threads here, before torch is told
-    surroundings = os.environ | ({"OMP_NUM_THREADS": str(given.threads)} if given.threads else {})
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"failed": f"killed by signal {-done.returncode}" if done.returncode < 0 else last}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
-    parser.add_argument("--repeats", type=int, default=3, help="steps measured a figure (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="the registry's twins; their ratios mean nothing")
-    parser.add_argument("--only", choices=FIGURES, metavar="FIGURE", help=f"one of: {', '.join(FIGURES)}")
-    parser.add_argument(
-        "--out", type=Path, help="where to write JSON (default: beside this file, for all figures at full size)"
-    )
-    parser.add_argument("--figure", choices=FIGURES, help=argparse.SUPPRESS)
-    found = parser.parse_args(given)
-    if found.repeats < 1 or (found.threads is not None and found.threads < 1):
-        parser.error("--repeats and --threads must be at least 1.")
-    return found
-
-
 def main(settings: Sequence[str] | None = None) -> int:
-    given = arguments(settings)
+    given = arguments(__doc__ or "", FIGURES, settings)
     if given.figure:
-        if given.threads:
-            torch.set_num_threads(given.threads)
         networks = Networks.build(small=given.small, device="cuda" if torch.cuda.is_available() else "cpu")
         sys.stdout.write(json.dumps(measure(networks, FIGURES[given.figure], given.repeats)) + "\n")
         return 0
-    figures = {name: fresh(name, given) for name in ([given.only] if given.only else FIGURES)}
+    figures = {name: fresh(__file__, name, given) for name in ([given.only] if given.only else FIGURES)}
     out = given.out or (None if given.small or given.only else Path(__file__).with_suffix(".json"))
     if out:
         out.write_text(json.dumps(report(figures, given.small), indent=1) + "\n", encoding="utf-8")

@@ -62,8 +62,18 @@ def sd35(monkeypatch) -> Any:
 
 
 @pytest.fixture
-def guidance(monkeypatch, sd35) -> Any:
+def processes(monkeypatch) -> Any:
+    return script("processes", monkeypatch)
+
+
+@pytest.fixture
+def guidance(monkeypatch, sd35, processes) -> Any:
     return script("guidance_sd35", monkeypatch)
+
+
+@pytest.fixture
+def training(monkeypatch, sd35, processes) -> Any:
+    return script("training_sd35", monkeypatch)
 
 
 def test_head_loading_counts_what_is_read(head_loading, tmp_path):
@@ -162,12 +172,13 @@ def test_ratios_of_known_figures(guidance):
     }  # fmt: skip
 
 
-def test_a_figure_that_fails_is_reported(guidance, monkeypatch):
+def test_a_figure_that_fails_is_reported(guidance, processes, monkeypatch):
     def starved(*_: Any, **__: Any) -> Any:
         return subprocess.CompletedProcess([], -9, "", "")
 
-    monkeypatch.setattr(guidance.subprocess, "run", starved)
-    figures = {"tweedie": guidance.fresh("tweedie", guidance.arguments(["--small"]))}
+    monkeypatch.setattr(processes.subprocess, "run", starved)
+    given = processes.arguments("", guidance.FIGURES, ["--small"])
+    figures = {"tweedie": guidance.fresh(guidance.__file__, "tweedie", given)}
     assert figures == {"tweedie": {"failed": "killed by signal 9"}}
     assert "| step guided by Tweedie's estimate | killed by signal 9 |" in guidance.table(figures)
     json.dumps(guidance.report(figures, small=True), allow_nan=False)
@@ -183,3 +194,30 @@ def test_guidance_runs_from_end_to_end(guidance, tmp_path, capsys):
     assert figure["device"]
     assert written["versions"]["torch"]
     assert f"| step guided by the stitched value | {figure['min']:.3f} |" in capsys.readouterr().out
+
+
+def test_every_iteration_of_training_takes_its_passes(training, sd35):
+    """Two samples. DRaFT-1 of 10 steps: 10 passes a sample, the last one by the frozen backbone too. DiffusionNFT: 10
+    passes a sample, and three at each of the 10 levels. Stopped at 5: half of them, and a head for the decoder."""
+    clean, value = {"decoder": 2, "reward": 2}, {"head": 2, "tail": 2}
+    backward = {"decoder_backward": 2, "reward_backward": 2}
+    expected = {
+        "draft": {"denoiser": 22, "denoiser_backward": 2, **clean, **backward},
+        "draft-stopped": {"denoiser": 12, "denoiser_backward": 2, **value, "head_backward": 2},
+        "nft": {"denoiser": 20 + 60, "denoiser_backward": 20, **clean},
+        "nft-stopped": {"denoiser": 10 + 30, "denoiser_backward": 10, **value},
+    }
+    for name, figure in training.FIGURES.items():
+        found = training.measure(sd35.Networks.build(small=True), figure, repeats=1)
+        assert found["passes"] == expected[name], name
+        assert found["min"] > 0 and found["memory"] >= 0
+
+
+def test_the_ratios_of_training_are_those_of_its_figures(training):
+    figures = {name: {"min": seconds, "memory": seconds} for name, seconds in
+               {"draft": 10.0, "draft-stopped": 4.0, "nft": 50.0, "nft-stopped": 20.0}.items()}  # fmt: skip
+    found = training.ratios(figures)
+    assert set(found.values()) == {0.4}
+    figures["nft"] = {"failed": "killed by signal 9"}
+    assert math.isnan(training.ratios(figures)["DiffusionNFT, stopped / plain, time"])
+    assert "killed by signal 9" in training.table({"nft": figures["nft"]})
