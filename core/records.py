@@ -27,6 +27,9 @@ METRICS: tuple[MetricKind, ...] = ("recall", "preference", "rank", "similarity")
 PluginKind = Literal["backbone", "reward", "aligner"]
 """What a package may add that the conformance kit checks."""
 PLUGIN_KINDS: tuple[PluginKind, ...] = ("backbone", "reward", "aligner")
+CheckedKind = Literal["backbone", "reward", "aligner", "trainer"]
+"""What the conformance kit tells apart: an aligner that trains weights is a trainer."""
+CHECKED_KINDS: tuple[CheckedKind, ...] = ("backbone", "reward", "aligner", "trainer")
 
 CAPABILITIES: dict[str, dict[str, str]] = {
     "backbone": {
@@ -45,6 +48,9 @@ CAPABILITIES: dict[str, dict[str, str]] = {
     "aligner": {
         "estimator": "steering by an estimator's value",
         "particles": "any number of particles a prompt",
+    },
+    "trainer": {
+        "estimator": "training by an estimator's value",
     },
 }
 """What a plugin of each kind is taken to be able to do unless its ``lacks`` says otherwise."""
@@ -83,7 +89,7 @@ def _strings(value: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_lacks(record: Any, attribute: attrs.Attribute[Mapping[str, str]], value: Mapping[str, str]) -> None:
-    known = CAPABILITIES[getattr(record, "kind", "aligner")]
+    known = CAPABILITIES[record.kind if isinstance(record, Family) else record.checked_kind]
     for capability, reason in value.items():
         if capability not in known:
             raise ValueError(f"lacks names {capability!r}; choose from {', '.join(known)}")
@@ -216,6 +222,11 @@ class AlignerRecord:
     lacks: dict[str, str] = attrs.field(factory=dict, validator=_LACKS)
     description: str = ""
     source: Source | None = attrs.field(default=None, eq=False, repr=False)
+
+    @property
+    def checked_kind(self) -> CheckedKind:
+        """What the conformance kit takes it for."""
+        return "trainer" if self.trains else "aligner"
 
 
 @attrs.frozen(kw_only=True)

@@ -46,7 +46,8 @@ class TrainSettings:
     5e-5, 0, 1; DiffusionNFT as released: 3e-4, 1e-4, 1). ``ema_decay``: of the averaged weights that are evaluated and
     saved, at most ``(1 + k) / (10 + k)`` at update ``k``; 0 takes the last ones. ``lora``: None trains the whole
     network. ``batch``: samples of one network pass; it changes nothing else. ``evaluate_every`` and
-    ``checkpoint_every`` count updates.
+    ``checkpoint_every`` count updates. ``tracker``: any that Accelerate knows (``tensorboard``, ``wandb`` ..; its files
+    go to ``OUT/stitchvm``), None for none.
     """
 
     updates: int = attrs.field(default=100, validator=at_least_one)
@@ -62,6 +63,7 @@ class TrainSettings:
     mixed_precision: Literal["no", "bf16"] = attrs.field(default="no", validator=attrs.validators.in_(("no", "bf16")))
     evaluate_every: int = attrs.field(default=10, validator=at_least_one)
     checkpoint_every: int = attrs.field(default=10, validator=at_least_one)
+    tracker: str | None = "tensorboard"
 
 
 @attrs.frozen(eq=False)
@@ -112,7 +114,7 @@ def train(
     if not hasattr(trainer, "collect"):
         raise ConfigError(f"{type(trainer).__name__} steers samples and trains nothing; use align.")
     texts, plan = checked_prompts(prompts), training or TrainSettings()
-    accelerator = Accelerator(cpu=network.device.type == "cpu", mixed_precision=plan.mixed_precision)
+    accelerator = _accelerator(plan, network, Path(out))
     if plan.prompts_per_update % accelerator.num_processes:
         raise ConfigError(
             f"prompts_per_update is {plan.prompts_per_update}, which {accelerator.num_processes} processes cannot "
@@ -134,6 +136,23 @@ def train(
     return run.go(method if isinstance(method, str) else type(method).__name__, texts, progress)
 
 
+def _accelerator(plan: TrainSettings, network: Backbone, out: Path) -> Accelerator:
+    """Of this process; :class:`ConfigError` for a tracker that is unknown or not installed."""
+    try:
+        found = Accelerator(
+            cpu=network.device.type == "cpu", mixed_precision=plan.mixed_precision, log_with=plan.tracker,
+            project_dir=str(out),
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"tracker is {plan.tracker!r}: {error}") from error
+    if plan.tracker is not None and not found.log_with:
+        raise ConfigError(
+            f"the tracker {plan.tracker!r} is not installed: pip install 'stitchvm[train]' has tensorboard; or set "
+            "tracker to null."
+        )
+    return found
+
+
 @attrs.define(eq=False)
 class _Run:
     """One call of :func:`train`, checked."""
@@ -153,6 +172,8 @@ class _Run:
         )
         state = TrainingState.begin(self.folder, policy, self.problem.old, optimiser, self.plan.ema_decay)
         record = state.restore(TrainingRecord.about(name, self.method, self.plan, self.problem, self.gallery, texts))
+        if self.plan.tracker is not None:
+            self.accelerator.init_trackers("stitchvm")
         if not record.evaluations:
             self._evaluate(state, record, 0)
         left = range(record.updates, self.plan.updates)
@@ -161,11 +182,13 @@ class _Run:
                 figures = self._update(number, optimiser)
             state.average(number)
             record.add(figures, Counter(cost.passes), cost.seconds)
+            self.accelerator.log(figures, step=number + 1)
             last = number + 1 == self.plan.updates
             if last or (number + 1) % self.plan.evaluate_every == 0:
                 self._evaluate(state, record, number + 1)
             if self.accelerator.is_main_process and (last or (number + 1) % self.plan.checkpoint_every == 0):
                 state.save(record)
+        self.accelerator.end_training()
         policy.load(state.averages)
         if self.accelerator.is_main_process:
             policy.save(self.folder)
@@ -176,7 +199,10 @@ class _Run:
         """With averaged weights; every process does, as all hold the same."""
         with state.averaged():
             found: Evaluation = self.gallery.evaluate(self.problem, record.evaluations)
-        record.evaluations.append(found.report(number, record))
+        report = found.report(number, record)
+        record.evaluations.append(report)
+        means = {f"evaluation/{name}": entry["mean"] for name, entry in report["rewards"].items()}
+        self.accelerator.log(means, step=number)
         if self.accelerator.is_main_process:
             found.save(self.folder / "grids" / f"{number:05d}.png")
             record.write(self.folder)

@@ -49,7 +49,7 @@ class TrainingRecord:
         from .alignment import estimator_identity, prompts_digest
 
         training = plain(plan)
-        for free in ("updates", "batch", "evaluate_every", "checkpoint_every"):  # these change no weight
+        for free in ("updates", "batch", "evaluate_every", "checkpoint_every", "tracker"):  # these change no weight
             training.pop(free)
         settings = {
             "method": name, "method_settings": plain(method), "training": training,

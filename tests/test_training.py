@@ -36,7 +36,7 @@ def run(
 ) -> core.TrainResult:
     plan = TrainSettings(
         updates=updates, prompts_per_update=prompts_per_update, learning_rate=1e-2, evaluate_every=2,
-        checkpoint_every=1, lora=LoraSettings(rank=2, alpha=4), **settings,
+        checkpoint_every=1, lora=LoraSettings(rank=2, alpha=4), **{"tracker": None, **settings},
     )  # fmt: skip
     return core.train(
         method, families.mmdit(), value or Brightness(), PROMPTS, out=out, training=plan, reward=families.clip(),
@@ -71,6 +71,17 @@ def test_drafts_passes_are_those_that_it_says(tmp_path):
     result = run(Draft(), tmp_path, updates=3)
     passes = result.record.passes
     assert (passes["denoiser"], passes["denoiser_backward"]) == (3 * 10, 3 * 2)
+
+
+def test_a_tracker_gets_every_updates_figures_and_every_evaluation(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(Draft(), tmp_path, updates=3, tracker="tensorboard")
+    events = EventAccumulator(str(tmp_path / "stitchvm"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    name = next(tag for tag in events.Tags()["scalars"] if tag.startswith("evaluation/"))
+    assert [event.step for event in events.Scalars(name)] == [0, 2, 3]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -216,7 +227,8 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_named():
 
 
 def test_held_out_rewards_are_evaluated_and_never_trained_on(tmp_path):
-    plan = TrainSettings(updates=2, prompts_per_update=2, evaluate_every=1, lora=LoraSettings(rank=2, alpha=4))
+    lora = LoraSettings(rank=2, alpha=4)
+    plan = TrainSettings(updates=2, prompts_per_update=2, evaluate_every=1, lora=lora, tracker=None)
     reward, other = families.clip(), families.clip(seed=5)
     reward.record, other.record = (
         core.RewardRecord(name=name, family="clip", path="/nowhere") for name in ("mine", "other")
@@ -237,6 +249,14 @@ def test_held_out_rewards_are_evaluated_and_never_trained_on(tmp_path):
 def test_what_a_training_refuses(method, settings, said, tmp_path):
     with pytest.raises(core.ConfigError, match=said):
         core.train(method, families.mmdit(), None, PROMPTS, out=tmp_path, reward=families.clip(), **settings)
+
+
+@pytest.mark.parametrize(("tracker", "said"), [
+    ("nothing-like-it", "tracker is 'nothing-like-it'"), ("aim", "the tracker 'aim' is not installed"),
+])  # fmt: skip
+def test_a_tracker_that_is_not_there_is_an_error(tracker, said, tmp_path):
+    with pytest.raises(core.ConfigError, match=said):
+        run(Draft(), tmp_path, tracker=tracker)
 
 
 def test_align_refuses_a_method_that_trains():

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import attrs
 
-from ..records import PluginKind
+from ..errors import ConfigError
+from ..records import CheckedKind
 from .kit import Check, ConformanceError, Subject, checks_for, run_check, subject_of
 
 
@@ -28,7 +29,7 @@ class BoundCheck:
             pytest.skip(f"not applicable: {result.message}")
 
 
-def parametrize_checks(*given: Any, kind: PluginKind | None = None, lacks: Mapping[str, str] | None = None) -> Any:
+def parametrize_checks(*given: Any, kind: CheckedKind | None = None, lacks: Mapping[str, str] | None = None) -> Any:
     """A decorator that runs a test once for every check of every plugin given (see ``subject_of``)::
 
     @parametrize_checks("my-backbone", "my-reward")
@@ -45,15 +46,20 @@ def parametrize_checks(*given: Any, kind: PluginKind | None = None, lacks: Mappi
 class Conformance:
     """One test a check; ``given`` and ``lacks`` are what :func:`~stitchvm.core.testing.subject_of` takes."""
 
-    kind: ClassVar[PluginKind]
+    kind: ClassVar[CheckedKind]
     given: ClassVar[Any]
     lacks: ClassVar[Mapping[str, str] | None] = None
 
     @classmethod
     def subject(cls) -> Subject:
-        """Made once a class."""
+        """Made once a class. Raises :class:`ConfigError` where ``given`` is of another kind than the class."""
         if "_subject" not in cls.__dict__:
-            cls._subject = subject_of(cls.given, kind=cls.kind, lacks=cls.lacks)  # type: ignore[attr-defined]
+            found = subject_of(cls.given, kind=cls.kind, lacks=cls.lacks)
+            if found.kind != cls.kind:
+                raise ConfigError(
+                    f"{found.name!r} is of the kind {found.kind}; derive from {found.kind.capitalize()}Conformance."
+                )
+            cls._subject = found  # type: ignore[attr-defined]
         subject: Subject = cls.__dict__["_subject"]
         return subject
 
@@ -89,3 +95,10 @@ class AlignerConformance(Conformance):
     """``class TestMine(AlignerConformance): given = "my-method"``."""
 
     kind = "aligner"
+
+
+@_with_tests
+class TrainerConformance(Conformance):
+    """``class TestMine(TrainerConformance): given = "my-method"``, of a method that trains."""
+
+    kind = "trainer"

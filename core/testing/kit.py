@@ -23,9 +23,9 @@ from ..records import (
     PLUGIN_KINDS,
     AlignerRecord,
     BackboneRecord,
+    CheckedKind,
     ConditionKind,
     Family,
-    PluginKind,
     RewardRecord,
 )
 from ..registries import registry
@@ -36,7 +36,6 @@ from .expect import Mismatch
 FIRST = "builds"
 """The check without which the others have nothing to run on."""
 Status = Literal["passed", "failed", "not applicable"]
-_RECORDS: dict[PluginKind, type[Any]] = {"backbone": BackboneRecord, "reward": RewardRecord, "aligner": AlignerRecord}
 
 
 class ConformanceError(StitchError, AssertionError):
@@ -48,7 +47,7 @@ class Subject:
     """What is being checked: a plugin object, made when it is first needed, and its registry record if it has one."""
 
     name: str
-    kind: PluginKind
+    kind: CheckedKind
     make: Callable[[], Any]
     record: BackboneRecord | RewardRecord | AlignerRecord | None = None
     lacks: Mapping[str, str] = attrs.field(factory=dict)
@@ -78,7 +77,7 @@ class Check:
     """
 
     name: str
-    kind: PluginKind
+    kind: CheckedKind
     function: Callable[[Any], None]
     needs: str = ""
     only: tuple[ConditionKind, ...] = ()
@@ -106,7 +105,7 @@ class Report:
     """All results of one plugin; ``not_run`` names the checks that had nothing to run on."""
 
     name: str
-    kind: PluginKind
+    kind: CheckedKind
     results: tuple[Result, ...]
     not_run: tuple[str, ...] = ()
 
@@ -128,7 +127,7 @@ _CHECKS: list[Check] = []
 
 
 def check(
-    *kinds: PluginKind, needs: str = "", only: Sequence[ConditionKind] = (), of_record: bool = False, table: str = ""
+    *kinds: CheckedKind, needs: str = "", only: Sequence[ConditionKind] = (), of_record: bool = False, table: str = ""
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Register a function as a check of each of ``kinds``; its name with hyphens is the check's."""
 
@@ -142,48 +141,59 @@ def check(
     return register
 
 
-def checks_for(kind: PluginKind) -> tuple[Check, ...]:
+def checks_for(kind: CheckedKind) -> tuple[Check, ...]:
     """Every check of a kind of plugin: whether it builds, those of its record, the others."""
-    from . import aligners, backbones, records, rewards, sliced  # noqa: F401  (they register themselves)
+    from . import aligners, backbones, records, rewards, sliced, trainers  # noqa: F401  (they register themselves)
 
     return tuple(sorted((c for c in _CHECKS if c.kind == kind), key=lambda c: (c.name != FIRST, not c.of_record)))
 
 
-def subject_of(given: Any, *, kind: PluginKind | None = None, lacks: Mapping[str, str] | None = None) -> Subject:
+def subject_of(given: Any, *, kind: CheckedKind | None = None, lacks: Mapping[str, str] | None = None) -> Subject:
     """What to check: a registered name or a record (its twin is built, or without one its local weights are loaded), or
     an object: a backbone, a reward, or a method with its settings.
 
-    ``kind`` decides where a name stands for several things. ``lacks`` is the family's own unless given. Raises
-    ``UnknownNameError`` and :class:`ConfigError`.
+    ``kind`` decides where a name stands for several things (an aligner and a trainer never share one). ``lacks`` is the
+    family's own unless given. Raises ``UnknownNameError`` and :class:`ConfigError`.
     """
     if isinstance(given, str):
         given = _record_named(given, kind)
-    for own, record_class in _RECORDS.items():
-        if isinstance(given, record_class):
-            declared = given if isinstance(given, AlignerRecord) else registry().family(given)
-            ours = declared.lacks if lacks is None else lacks
-            return Subject(given.name, own, functools.partial(_open, given), given, _known(own, ours))
+    if isinstance(given, BackboneRecord | RewardRecord | AlignerRecord):
+        declared = given if isinstance(given, AlignerRecord) else registry().family(given)
+        own = declared.checked_kind if isinstance(declared, AlignerRecord) else declared.kind
+        ours = declared.lacks if lacks is None else lacks
+        return Subject(given.name, own, functools.partial(_open, given), given, _known(own, ours))
     if isinstance(given, type) and issubclass(given, Sliced):
         raise ConfigError(f"{given.__name__} is a class; give a network, such as {given.__name__}.build(twin).")
-    own = "backbone" if isinstance(given, Backbone) else "reward" if isinstance(given, Reward) else "aligner"
-    if own == "aligner" and not callable(getattr(given, "run", None)):
-        raise ConfigError(f"a {type(given).__name__} is no backbone, reward or aligner; give one, or its name.")
+    own = _kind_of(given)
     plugin = given() if isinstance(given, type) else given
     return Subject(type(plugin).__name__, own, lambda: plugin, None, _known(own, lacks or {}))
 
 
-def _known(kind: PluginKind, lacks: Mapping[str, str]) -> Mapping[str, str]:
+def _kind_of(plugin: Any) -> CheckedKind:
+    """What an object is taken for; :class:`ConfigError` where it is nothing that there are checks for."""
+    if isinstance(plugin, Backbone):
+        return "backbone"
+    if isinstance(plugin, Reward):
+        return "reward"
+    if callable(getattr(plugin, "collect", None)):
+        return "trainer"
+    if callable(getattr(plugin, "run", None)):
+        return "aligner"
+    raise ConfigError(f"a {type(plugin).__name__} is no backbone, reward or aligner; give one, or its name.")
+
+
+def _known(kind: CheckedKind, lacks: Mapping[str, str]) -> Mapping[str, str]:
     unknown = sorted(set(lacks) - set(CAPABILITIES[kind]))
     if unknown:
         raise ConfigError(f"lacks names {', '.join(unknown)}; choose from {', '.join(CAPABILITIES[kind])}.")
     return lacks
 
 
-def _record_named(name: str, kind: PluginKind | None) -> Any:
+def _record_named(name: str, kind: CheckedKind | None) -> Any:
     """The one record of that name; an :class:`UnknownNameError` that says what was meant or what to install."""
     names = registry()
-    shelves: dict[PluginKind, Mapping[str, Any]] = {
-        "backbone": names.backbones, "reward": names.rewards, "aligner": names.aligners,
+    shelves: dict[CheckedKind, Mapping[str, Any]] = {
+        "backbone": names.backbones, "reward": names.rewards, "aligner": names.aligners, "trainer": names.aligners,
     }  # fmt: skip
     if kind is not None:
         return shelves[kind][name]
@@ -262,7 +272,7 @@ def _problem(check: Check, subject: Subject) -> str:
     return ""
 
 
-def examine(given: Any, *, kind: PluginKind | None = None, lacks: Mapping[str, str] | None = None) -> Report:
+def examine(given: Any, *, kind: CheckedKind | None = None, lacks: Mapping[str, str] | None = None) -> Report:
     """Run every check on ``given`` (see :func:`subject_of`). Where it cannot even be made, that is the one result."""
     subject = subject_of(given, kind=kind, lacks=lacks)
     checks = checks_for(subject.kind)
