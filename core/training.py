@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from .loading import load_backbone
 from .policy import LoraSettings, Policy
 from .progress import track
 from .seeds import stream_seed
-from .training_evaluation import Evaluation, Gallery
+from .training_evaluation import Evaluation, Gallery, Judge
 from .training_problem import Experience, TrainingMethod, TrainProblem, Update
 from .training_state import TrainingRecord, TrainingState
 
@@ -88,6 +88,7 @@ def train(
     resolution: int | None = None,
     reward: str | AnyReward | None = None,
     held_out_rewards: Sequence[str | AnyReward] = (),
+    judges: Mapping[str, Judge] | None = None,
     evaluation_prompts: Sequence[str] | None = None,
     progress: bool = True,
     **settings: Any,
@@ -97,7 +98,8 @@ def train(
     ``method``: a registered name (``draft``, ``diffusion-nft`` ..) with its own ``settings`` as further keywords, or a
     ready object. ``value``: what is maximised where a rollout stops, a stitched value model (or its folder) or another
     estimator; None for the clean ``reward`` at the end of full rollouts. ``held_out_rewards`` are never trained on:
-    they are evaluated beside the trained one, and a fall of theirs is warned of (reward hacking). Evaluation samples
+    they are evaluated beside the trained one, and a fall of theirs is warned of (reward hacking); so are ``judges`` of
+    finished images, by name (a detector: ``judge(images, prompts) -> [P]``). Evaluation samples
     ``evaluation_prompts`` (by default the first 16 of ``prompts``) with averaged weights, always from the same noise.
 
     ``out`` gets ``train.json`` (settings, versions, cost, history), ``training.png``, image grids, and what plain
@@ -129,9 +131,8 @@ def train(
         network.sigmas(steps, (side, side)).to(network.device), (network.latent_channels, side, side), guidance_scale,
         seed, plan.batch, policy.another() if trainer.needs_old else None, accelerator.gather,
     )  # fmt: skip
-    rewards = {"reward": judge, **{f"held out {n}": load_judge(r, network.device)
-                                   for n, r in enumerate(held_out_rewards, 1)}}  # fmt: skip
-    gallery = Gallery.of(problem, checked_prompts(evaluation_prompts or texts[:16]), rewards)
+    rewards = [judge, *(load_judge(each, network.device) for each in held_out_rewards)]
+    gallery = Gallery.of(problem, checked_prompts(evaluation_prompts or texts[:16]), rewards, judges)
     run = _Run(problem, trainer, plan, gallery, accelerator, make_folder(out), len(texts))
     return run.go(method if isinstance(method, str) else type(method).__name__, texts, progress)
 

@@ -7,7 +7,7 @@ trained one rises, theirs fall.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +28,9 @@ from .sampling import Denoiser
 from .sampling import sample as run_sampler
 from .training_problem import TrainProblem
 
+Judge = Callable[[Tensor, list[str]], Any]
+"""``judge(images [P, 3, H, W] in [0, 1], prompts) -> [P]``: a detector, a metric; higher is better."""
+
 
 @attrs.frozen(eq=False)
 class Gallery:
@@ -38,14 +41,19 @@ class Gallery:
     conditions: Condition
     rewards: dict[str, AnyReward]
     texts: dict[str, Condition]
+    judges: Mapping[str, Judge] = attrs.field(factory=dict)
 
     @classmethod
-    def of(cls, problem: TrainProblem, prompts: Sequence[str], rewards: Mapping[str, AnyReward]) -> Self:
-        """By the rewards' own names."""
-        named = {name_of(reward): reward for reward in rewards.values()}
+    def of(
+        cls, problem: TrainProblem, prompts: Sequence[str], rewards: Sequence[AnyReward],
+        judges: Mapping[str, Judge] | None = None,
+    ) -> Self:  # fmt: skip
+        """By the rewards' own names; ``judges`` of finished images come after them."""
+        named = {name_of(reward): reward for reward in rewards}
         noise = initial_noise(problem.seed, range(len(prompts)), 1, problem.latent_shape).flatten(0, 1)
         texts = {name: reward_condition(reward, prompts) for name, reward in named.items()}
-        return cls(tuple(prompts), noise, problem.reference.encode_prompts(list(prompts)), named, texts)
+        conditions = problem.reference.encode_prompts(list(prompts))
+        return cls(tuple(prompts), noise, conditions, named, texts, judges or {})
 
     def identities(self) -> dict[str, Any]:
         """Which rewards these are, JSON-able."""
@@ -61,18 +69,21 @@ class Gallery:
             condition = self.conditions.index(rows).to(problem.device)
             denoiser = Denoiser(problem.policy.backbone, condition, problem.null, problem.guidance_scale)
             latents = run_sampler(denoiser, self.noise[rows].to(problem.device), problem.sigmas)
-            images = denoiser.backbone.decode_latents(latents).clamp(0, 1)
+            drawn = denoiser.backbone.decode_latents(latents).clamp(0, 1)
             for name, reward in self.rewards.items():
                 text = self.texts[name]
                 chosen = text.index(rows).to(problem.device) if len(text) else text
-                parts[name].append(reward.rate(images, chosen).float().cpu())
-            pictures.append(images.cpu())
+                parts[name].append(reward.rate(drawn, chosen).float().cpu())
+            pictures.append(drawn.cpu())
+        images = torch.cat(pictures)
         found = {name: torch.cat(scores) for name, scores in parts.items()}
+        found |= {name: torch.as_tensor(judge(images, list(self.prompts))).float().cpu()
+                  for name, judge in self.judges.items()}  # fmt: skip
         fallen = _fallen(found, before[0]["scores"]) if before else []
         if fallen:
             warnings.warn(f"{' and '.join(fallen)}, held out, fell while the trained reward rose: reward hacking?",
                           RuntimeWarning, stacklevel=2)  # fmt: skip
-        return Evaluation(found, torch.cat(pictures), tuple(fallen))
+        return Evaluation(found, images, tuple(fallen))
 
 
 @attrs.frozen(eq=False)

@@ -236,7 +236,17 @@ def test_held_out_rewards_are_evaluated_and_never_trained_on(tmp_path):
     common = {"training": plan, "reward": reward, "steps": 3, "progress": False}
     found = core.train("draft", families.mmdit(), None, PROMPTS, out=tmp_path / "a", held_out_rewards=[other], **common)
     assert [list(entry["rewards"]) for entry in found.record.evaluations] == [["mine", "other"]] * 3
-    core.train("draft", families.mmdit(), None, PROMPTS, out=tmp_path / "b", **common)
+    seen = []
+
+    def judge(images: Tensor, prompts: list[str]) -> list[bool]:
+        seen.append((tuple(images.shape), prompts))
+        return [True, False, True]
+
+    judged = core.train(
+        "draft", families.mmdit(), None, PROMPTS, out=tmp_path / "b", judges={"detector": judge}, **common
+    )
+    assert seen == [((3, 3, 16, 16), PROMPTS)] * 3
+    assert judged.record.evaluations[-1]["rewards"]["detector"]["mean"] == pytest.approx(2 / 3)
     assert_equal(lora_of(tmp_path / "a"), lora_of(tmp_path / "b"))
 
 

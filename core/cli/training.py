@@ -19,15 +19,20 @@ def train_and_print(
     training: Sequence[str], **settings: Any,
 ) -> None:  # fmt: skip
     """Train on a dataset's training prompts, or on those of a file, and say what became of the rewards."""
+    from ..loading import load_dataset_plugin
     from ..prompts import open_prompts
     from ..registries import registry
     from ..training import TrainSettings, train
 
     prompts = open_prompts(source, count, split="train")
-    watched = open_prompts(source, EVALUATED, split="test") if source in registry().datasets else None
+    watched, judges = None, {}
+    if source in registry().datasets:
+        watched = open_prompts(source, EVALUATED, split="test")
+        fulfilled = getattr(load_dataset_plugin(source)(), "fulfilled", None)
+        judges = {} if fulfilled is None else {"detector": fulfilled}
     plan = training_settings(TrainSettings, training)
     record = train(
-        method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched, **settings
+        method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched, judges=judges, **settings
     ).record
     if as_json:
         print_json({"settings": record.settings, "evaluations": record.evaluations, "cost": record.cost()})
