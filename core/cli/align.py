@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName
+from .options import BackboneName, key_values
 from .output import Json, print_json, print_table
 from .training import train_and_print
 
@@ -101,21 +100,11 @@ _TAKEN = {"particles", "proposals", "seed", "steps", "guidance_scale", "resoluti
 
 
 def method_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["strength=20", "window=[0.2, 0.8]", "kernel=ode"]`` as settings: JSON where it is some, else a string.
-
-    Raises :class:`ConfigError` for an entry without ``=`` and for what has an option of its own.
-    """
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not key or not equals:
-            raise ConfigError(f"--set is {pair!r}; write KEY=VALUE, such as strength=20.")
+    """``KEY=VALUE`` pairs of ``--set`` as settings; :class:`ConfigError` for what has an option of its own."""
+    found = key_values(pairs, "--set", "strength=20")
+    for key in found:
         if key in _TAKEN:
             raise ConfigError(f"--set {key}: that is an option of its own, --{key.replace('_', '-')}.")
-        try:
-            found[key] = json.loads(text)
-        except ValueError:
-            found[key] = text
     return found
 
 

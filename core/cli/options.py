@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,4 +70,21 @@ def levels(text: str, option: str) -> tuple[float, ...]:
         raise ConfigError(f"{option} is {text!r}; write numbers from 0 to 1, such as 0.1,0.5.") from error
     if not all(0 <= level <= 1 for level in found):
         raise ConfigError(f"{option} is {text!r}; noise levels lie from 0 (clean) to 1.")
+    return found
+
+
+def key_values(pairs: Sequence[str], option: str, example: str) -> dict[str, Any]:
+    """``["strength=20", "window=[0.2, 0.8]", "kernel=ode"]`` as a table: JSON where it is some, else a string.
+
+    Raises :class:`ConfigError` for an entry without ``=``.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"{option} is {pair!r}; write KEY=VALUE, such as {example}.")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = text
     return found

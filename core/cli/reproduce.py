@@ -11,6 +11,7 @@ from .align import method_settings
 from .options import names, reals
 from .output import Json, print_json, print_table
 from .stitch import read_recipe
+from .training import train_and_compare
 
 _OF_REWARD = "(default: by the reward's scale)"
 
@@ -18,7 +19,11 @@ _OF_REWARD = "(default: by the reward's scale)"
 def command(
     table: Annotated[
         str,
-        typer.Argument(metavar="TABLE", help="table1 (gradients), table2 (particles), fig3 (cost), table6 (transfer)."),
+        typer.Argument(
+            metavar="TABLE",
+            help="table1 (gradients), table2 (particles), fig3 (cost), table6 (transfer); "
+            "of training table3, fig4, fig5, fig7.",
+        ),
     ],
     world: Annotated[
         str, typer.Option(metavar="DATASET", help="A dataset of 'stitchvm list' that models came with, such as shapes.")
@@ -47,11 +52,15 @@ def command(
     ] = None,
     normaliser: Annotated[str, typer.Option(help="Of the gradient: raw, norm, unit-rms, rms-ratio, epsilon.")] = "raw",
     methods: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Further rows: svdd,das of table2, dps of table6.")
+        str | None,
+        typer.Option(metavar="LIST", help="Further rows: svdd,das of table2, dps of table6; of training: these alone."),
     ] = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of dps (table1) or fk-steering; may be repeated."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE",
+            help="A setting of dps (table1) or fk-steering; of training: updates, samples, seeds ..; may be repeated.",
+        ),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Training pictures of a missing value model.")] = 4096,
     finetune_steps: Annotated[int, typer.Option(min=1, help="Its finetune steps, whatever the recipe.")] = 200,
@@ -68,6 +77,19 @@ def command(
     different --backbones, may share DIR. Exits with 1 when a row failed.
     """
     from ..matrix import Scale
+    from ..training_tables import TRAINING_TABLES
+
+    scale = Scale(images=images, steps=finetune_steps, probes=probes, samples=samples)
+    chosen: dict[str, Any] = {
+        "backbones": None if backbones is None else names(backbones, "--backbones"),
+        "rewards": None if rewards is None else names(rewards, "--rewards"),
+    }
+    if table in TRAINING_TABLES:
+        train_and_compare(
+            table, world, out, options or (), as_json, stitching=scale, value=values,
+            recipe=read_recipe(recipe, {}), rows=None if methods is None else names(methods, "--methods"), **chosen,
+        )  # fmt: skip
+        return
     from ..reproduction import reproduce
     from ..reproduction_tables import Settings
 
@@ -79,11 +101,8 @@ def command(
         methods=() if methods is None else names(methods, "--methods"), options=method_settings(options or ()),
     )  # fmt: skip
     report = reproduce(
-        table, world, out, settings=settings, values=values, recipe=read_recipe(recipe, {}),
-        scale=Scale(images=images, steps=finetune_steps, probes=probes, samples=samples),
-        backbones=None if backbones is None else names(backbones, "--backbones"),
-        rewards=None if rewards is None else names(rewards, "--rewards"),
-    )  # fmt: skip
+        table, world, out, settings=settings, values=values, recipe=read_recipe(recipe, {}), scale=scale, **chosen
+    )
     if as_json:
         print_json(report)
     else:

@@ -1,13 +1,14 @@
-"""``stitchvm align`` with a method that trains."""
+"""``stitchvm align`` with a method that trains, and ``stitchvm reproduce`` with a table of trainings."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+import typer
+
+from .options import key_values
 from .output import print_json, print_table
 
 EVALUATED = 16
@@ -22,6 +23,7 @@ def train_and_print(
     from ..loading import load_dataset_plugin
     from ..prompts import open_prompts
     from ..registries import registry
+    from ..structuring import structure
     from ..training import TrainSettings, train
 
     prompts = open_prompts(source, count, split="train")
@@ -30,7 +32,7 @@ def train_and_print(
         watched = open_prompts(source, EVALUATED, split="test")
         fulfilled = getattr(load_dataset_plugin(source)(), "fulfilled", None)
         judges = {} if fulfilled is None else {"detector": fulfilled}
-    plan = training_settings(TrainSettings, training)
+    plan = structure(TrainSettings, key_values(training, "--train", "updates=200"), "settings of the training")
     record = train(
         method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched, judges=judges, **settings
     ).record
@@ -44,21 +46,38 @@ def train_and_print(
     print_table((method, str(out)), [(name.replace("_", " "), str(entry)) for name, entry in record.cost().items()])
 
 
-def training_settings(cls: type[Any], pairs: Sequence[str]) -> Any:
-    """``["updates=200", "lora={\"rank\": 8}"]`` as :class:`~stitchvm.core.TrainSettings`: JSON where it is some, else a
-    string.
-
-    Raises :class:`ConfigError` for an entry without ``=``, an unknown key, or a value out of range.
-    """
+def train_and_compare(
+    table: str, world: str, out: Path, settings: Sequence[str], as_json: bool, **options: Any
+) -> None:
+    """Do a table's trainings and show what became of the rewards; exits with 1 when one failed."""
     from ..structuring import structure
+    from ..training_reproduction import reproduce_training
+    from ..training_tables import TrainingScale
 
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not key or not equals:
-            raise ConfigError(f"--train is {pair!r}; write KEY=VALUE, such as updates=200.")
-        try:
-            found[key] = json.loads(text)
-        except ValueError:
-            found[key] = text
-    return structure(cls, found, "settings of the training")
+    scale = structure(TrainingScale, key_values(settings, "--set", "updates=200"), "settings of the training")
+    report = reproduce_training(table, world, out, scale=scale, **options)
+    if as_json:
+        print_json(report)
+    elif report["rows"]:
+        rewards = list(report["rows"][0]["after"])
+        print_table(("backbone", "training", "seeds", "seconds", *rewards, "time to match"), [
+            (row["backbone"], row["label"], str(len(row["seeds"])), f"{row['seconds']['mean']:.0f}",
+             *(_change(row, name) for name in rewards), _shares(row["time_to_match"]))
+            for row in report["rows"]
+        ])  # fmt: skip
+        done = "Partial. Written" if report["partial"] else "Written"
+        typer.echo(f"{done} to {out}: {table}.csv, {table}.json, {table}.png.")
+    for name, error in report["failed"].items():
+        typer.echo(f"failed: {name}: {' '.join(error.split())}", err=True)
+    if report["failed"]:
+        raise typer.Exit(1)
+
+
+def _change(row: dict[str, Any], name: str) -> str:
+    after = row["after"][name]
+    error = "" if after["stderr"] is None else f" ± {after['stderr']:.2g}"
+    return f"{row['before'][name]:.4g} to {after['mean']:.4g}{error}"
+
+
+def _shares(found: list[float | None] | None) -> str:
+    return "" if found is None else ", ".join("never" if share is None else f"{share:.0%}" for share in found)

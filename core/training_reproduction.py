@@ -1,0 +1,242 @@
+"""The paper's training-time alignment (paper, section 6), run on a small trained world.
+
+Every row and seed is one :func:`~stitchvm.core.train` in a folder of its own, which goes on where it was interrupted;
+tables share the trainings that they have in common.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from .backbone import Backbone
+from .comparison import mean_stderr
+from .errors import ConfigError, StitchError
+from .examples import cache_key
+from .files import make_folder, read_json, write_json, write_text
+from .finetune import FinetuneSettings
+from .images import open_images
+from .joint import JointReward
+from .loading import load_backbone, load_dataset_plugin, load_reward
+from .matrix import Scale, World
+from .policy import LoraSettings
+from .provenance import versions
+from .recipes import recipe as named_recipe
+from .stitching import stitch
+from .training import TrainSettings, train
+from .training_plots import comparison_curves
+from .training_state import RECORD
+from .training_tables import TRAINING_TABLES, TrainingRow, TrainingScale
+from .value import StitchedValue
+
+PROMPTS = 1024
+"""How many of the dataset's training prompts are trained on."""
+
+
+def reproduce_training(
+    table: str,
+    world: str,
+    out: str | Path,
+    *,
+    backbones: Sequence[str] | None = None,
+    rewards: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
+    scale: TrainingScale | None = None,
+    value: str | Path | None = None,
+    stitching: Scale | None = None,
+    recipe: FinetuneSettings | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Do every training of ``table`` (``table3``, ``fig4``, ``fig5``, ``fig7``) that is not done, and return what
+    ``TABLE.json`` holds.
+
+    The trained reward is the sum of ``rewards`` (default: all of the world that read prompts); what else scores a
+    picture alone is held out, and so is the dataset's detector. ``value`` is the folder of a value model of exactly
+    those rewards; without it one is stitched as ``matrix`` does and kept in ``models/``. ``rows`` restricts what is
+    done. Writes ``trainings/BACKBONE--ROW--SEED`` and, after every one, ``TABLE.csv``, ``TABLE.json``, ``TABLE.png``.
+    A training that fails is listed under ``failed``, the others go on.
+
+    Raises ``UnknownNameError`` and :class:`ConfigError` before the first one.
+    """
+    if table not in TRAINING_TABLES:
+        raise ConfigError(f"unknown table {table!r}; choose one of {', '.join(TRAINING_TABLES)}.")
+    scale, place = scale or TrainingScale(), World.of(world)
+    title, make, against = TRAINING_TABLES[table]
+    chosen = make(scale)
+    if unknown := sorted(set(rows or ()) - {row.name for row in chosen}):
+        raise ConfigError(f"{table} has no row {', '.join(unknown)}; choose from {', '.join(r.name for r in chosen)}.")
+    names = list(dict.fromkeys(backbone for backbone, _ in place.chosen(backbones, rewards)))
+    learned = attrs.evolve(recipe or named_recipe("quick"), steps=(stitching or Scale()).steps)
+    job = _Job(make_folder(out), place, scale, tuple(rewards or ()), value, stitching or Scale(), learned, progress)
+    report: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for backbone in names:
+        for row in chosen:
+            for seed in scale.seeds:
+                if rows is None or row.name in rows:
+                    job.attempt(backbone, row, seed, failed)
+                report = job.report(table, title, names, chosen, failed)
+                _write(report, against, job.folder)
+    return report
+
+
+@attrs.define(eq=False)
+class _Job:
+    """What the trainings share; the last backbone and its value model stay loaded."""
+
+    folder: Path
+    world: World
+    scale: TrainingScale
+    asked: tuple[str, ...]
+    given: str | Path | None
+    stitching: Scale
+    recipe: FinetuneSettings
+    progress: bool
+    _last: tuple[str, Backbone, StitchedValue | None] | None = None
+
+    def attempt(self, backbone: str, row: TrainingRow, seed: int, failed: dict[str, str]) -> None:
+        place = self.place(backbone, row, seed)
+        if self._read(backbone, row, seed) is not None:
+            return
+        try:
+            self._train(backbone, row, seed, place)
+        except Exception as error:  # whatever it is, the other trainings are not to be lost
+            write_text(make_folder(self.folder) / f"{place.name}.error.txt", traceback.format_exc())
+            failed[place.name] = str(error) if isinstance(error, StitchError) else f"{type(error).__name__}: {error}"
+
+    def place(self, backbone: str, row: TrainingRow, seed: int) -> Path:
+        """Where a training is: rows of one kind share it, whatever table they are in."""
+        shared = {**attrs.asdict(self.scale), "method": row.method, "settings": row.method_settings(self.scale.steps),
+                  "training": row.training, "rewards": self.asked}  # fmt: skip
+        for free in ("seeds", "updates", "batch"):
+            shared.pop(free)
+        return self.folder / "trainings" / f"{backbone}--{row.name}--{seed}-{cache_key(shared)[:8]}"
+
+    def _train(self, backbone: str, row: TrainingRow, seed: int, place: Path) -> None:
+        scale, dataset = self.scale, load_dataset_plugin(self.world.name)()
+        network = self._load(backbone)
+        trained, held_out = self._rewards()
+        value = None if row.stop is None else self._value(backbone, trained)
+        plan = TrainSettings(
+            updates=scale.updates, prompts_per_update=scale.prompts, evaluate_every=scale.evaluate_every,
+            checkpoint_every=scale.evaluate_every, batch=scale.batch, lora=LoraSettings(), tracker=None, **row.training,
+        )  # fmt: skip
+        fulfilled = getattr(dataset, "fulfilled", None)
+        train(
+            row.method, network, value, dataset.prompts("train", PROMPTS, 0), out=place, training=plan,
+            seed=seed, steps=scale.steps, reward=trained, held_out_rewards=held_out,
+            judges={} if fulfilled is None else {"detector": fulfilled},
+            evaluation_prompts=dataset.prompts("test", scale.evaluation_prompts, 0), progress=self.progress,
+            **row.method_settings(scale.steps),
+        )  # fmt: skip
+
+    def _rewards(self) -> tuple[JointReward, list[Any]]:
+        """What is trained on, and what else scores a picture without reference images."""
+        loaded = {name: load_reward(name) for name in self.world.rewards}
+        names = self.asked or tuple(name for name, one in loaded.items() if one.condition_kind == "prompts")
+        others = [one for name, one in loaded.items() if name not in names and one.condition_kind != "images"]
+        return JointReward([loaded[name] for name in names]), [*others]
+
+    def _load(self, name: str) -> Backbone:
+        if self._last is None or self._last[0] != name:
+            self._last = None  # let go of the last one before the next is read
+            self._last = (name, load_backbone(name), None)
+        return self._last[1]
+
+    def _value(self, backbone: str, trained: JointReward) -> StitchedValue:
+        """The value model of the trained rewards, as given or stitched."""
+        assert self._last is not None
+        name, network, known = self._last
+        if known is None:
+            folder = Path(self.given) if self.given is not None else self._stitched(backbone, network, trained)
+            known = StitchedValue.from_pretrained(folder, backbone=network, device=network.device)
+            if known.names != tuple(trained.rewards):
+                expected = ", ".join(trained.rewards)
+                raise ConfigError(f"{str(folder)!r} reads {', '.join(known.names)}, expected {expected}.")
+            self._last = (name, network, known)
+        return known
+
+    def _stitched(self, backbone: str, network: Backbone, trained: JointReward) -> Path:
+        place = self.folder / "models" / f"{backbone}--{'+'.join(trained.rewards)}"
+        if not (place / "config.json").is_file():
+            images = load_dataset_plugin(self.world.name)().captioned("train", self.stitching.images, 0).images
+            stitch(network, trained, images=open_images(images), out=place, recipe=self.recipe,
+                   count=self.stitching.images, probes=self.stitching.probes, progress=self.progress)  # fmt: skip
+        return place
+
+    def report(
+        self, table: str, title: str, backbones: Sequence[str], rows: Sequence[TrainingRow], failed: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """What ``TABLE.json`` holds."""
+        entries, missing = [], []
+        for backbone in backbones:
+            for row in rows:
+                found = {seed: self._read(backbone, row, seed) for seed in self.scale.seeds}
+                missing += [f"{backbone} {row.name} {seed}" for seed, run in found.items() if run is None]
+                runs = [run for run in found.values() if run is not None]
+                if runs:
+                    entries.append(_entry(backbone, row, runs))
+        for each in entries:
+            plain = [one for one in entries if one["backbone"] == each["backbone"] and one["row"] == each["beside"]]
+            each["time_to_match"] = _time_to_match(each, plain[0]) if plain else None
+        return {
+            "table": table, "title": title, "world": self.world.name, "partial": bool(missing), "missing": missing,
+            "failed": dict(failed), "rows": entries, "settings": attrs.asdict(self.scale), "versions": versions(),
+        }  # fmt: skip
+
+    def _read(self, backbone: str, row: TrainingRow, seed: int) -> dict[str, Any] | None:
+        """The record of a training that is finished."""
+        path = self.place(backbone, row, seed) / RECORD
+        record = read_json(path) if path.is_file() else None
+        return record if record is not None and record["updates"] >= self.scale.updates else None
+
+
+def _entry(backbone: str, row: TrainingRow, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row: final means by reward over its seeds, the cost, and the curve of every seed."""
+    finals = [run["evaluations"][-1]["rewards"] for run in runs]
+    curves = [
+        {"seconds": [e["seconds"] for e in run["evaluations"]],
+         "passes": [e["passes"].get("denoiser", 0) for e in run["evaluations"]],
+         **{name: [e["rewards"][name]["mean"] for e in run["evaluations"]] for name in finals[0]}}
+        for run in runs
+    ]  # fmt: skip
+    return {
+        "backbone": backbone, "row": row.name, "label": row.label, "beside": row.beside,
+        "seeds": [run["seed"] for run in runs],
+        "before": {name: runs[0]["evaluations"][0]["rewards"][name]["mean"] for name in finals[0]},
+        "after": {name: mean_stderr([final[name]["mean"] for final in finals]).report() for name in finals[0]},
+        "seconds": mean_stderr([run["cost"]["seconds"] for run in runs]).report(),
+        "cost": runs[0]["cost"], "trained": next(iter(finals[0])), "curves": curves,
+    }  # fmt: skip
+
+
+def _time_to_match(stopped: Mapping[str, Any], plain: Mapping[str, Any]) -> list[float | None]:
+    """For every seed of both, the share of the plain training's time after which the stopped one had its final trained
+    reward; None where it never had."""
+    name, found = plain["trained"], []
+    for ours, theirs in zip(stopped["curves"], plain["curves"], strict=False):
+        reached = [s for s, mean in zip(ours["seconds"], ours[name], strict=True) if mean >= theirs[name][-1]]
+        found.append(reached[0] / theirs["seconds"][-1] if reached else None)
+    return found
+
+
+def _write(report: Mapping[str, Any], against: str, folder: Path) -> None:
+    name, text = report["table"], io.StringIO()
+    rewards = list(report["rows"][0]["after"]) if report["rows"] else []
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["backbone", "row", "seed", "update", "seconds", "denoiser_passes", *rewards])
+    for row in report["rows"]:
+        for seed, curve in zip(row["seeds"], row["curves"], strict=True):
+            for k, seconds in enumerate(curve["seconds"]):
+                means = [curve[reward][k] for reward in rewards]
+                writer.writerow([row["backbone"], row["row"], seed, k, seconds, curve["passes"][k], *means])
+    write_text(folder / f"{name}.csv", text.getvalue())
+    write_json(folder / f"{name}.json", report)
+    if report["rows"]:
+        comparison_curves(report, against, folder / f"{name}.png")

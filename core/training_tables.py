@@ -1,0 +1,118 @@
+"""The rows of the paper's training-time alignment (paper, section 6), for whatever models a world has.
+
+A row is data: a method with its settings, plain or stopped early. Running rows is
+:mod:`stitchvm.core.training_reproduction`'s part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from .errors import ConfigError
+
+
+@attrs.frozen(kw_only=True)
+class TrainingRow:
+    """One training: ``settings`` of the method, ``training`` of :class:`~stitchvm.core.TrainSettings`.
+
+    ``stop``: the window in which it is stopped and read by the stitched value, as shares of the sampling steps; None
+    for the plain method, which maximises the clean reward. ``beside``: the plain row that it is compared with.
+    """
+
+    name: str
+    label: str
+    method: str
+    settings: dict[str, Any] = attrs.field(factory=dict)
+    training: dict[str, Any] = attrs.field(factory=dict)
+    stop: tuple[float, float] | None = None
+    beside: str | None = None
+
+    def method_settings(self, steps: int) -> dict[str, Any]:
+        """With the window in steps, at least 1 and at most all but the last."""
+        if self.stop is None:
+            return dict(self.settings)
+        low, high = (min(max(round(share * steps), 1), steps - 1) for share in self.stop)
+        return {**self.settings, "stop": (low, high)}
+
+
+@attrs.frozen(kw_only=True)
+class TrainingScale:
+    """What all rows share: ``updates`` of ``prompts`` each with ``samples`` a prompt, ``steps`` of the sampler,
+    ``levels`` at which DiffusionNFT reads a sample, ``evaluation_prompts`` held out, and a run for every one of the
+    ``seeds``.
+
+    Raises :class:`ConfigError` for a value out of range.
+    """
+
+    updates: int = 100
+    prompts: int = 8
+    samples: int = 8
+    steps: int = 10
+    levels: int = 4
+    evaluate_every: int = 10
+    evaluation_prompts: int = 64
+    batch: int = 64
+    learning_rate: float | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __attrs_post_init__(self) -> None:
+        least = {"updates": 1, "prompts": 1, "samples": 2, "steps": 3, "levels": 1, "evaluate_every": 1,
+                 "evaluation_prompts": 2, "batch": 1}  # fmt: skip
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give a whole number from {lowest} on.")
+        if not self.seeds:
+            raise ConfigError("seeds is empty; give at least one.")
+
+
+NFT_STOP, DRAFT_STOP = (12 / 25, 17 / 25), (3 / 10, 7 / 10)
+"""The paper's windows, as shares of the steps."""
+
+WINDOWS = ((2, 12), (12, 17), (12, 25), (20, 25))
+"""Figure 7, of 25 steps."""
+
+
+def _draft(scale: TrainingScale, back: int) -> list[TrainingRow]:
+    name, settings = f"draft-{back}", {"backward_steps": back, "samples_per_prompt": scale.samples}
+    rate = {"learning_rate": scale.learning_rate or 1e-4, "weight_decay": 0.0}
+    plain = TrainingRow(name=name, label=f"DRaFT-{back}", method="draft", settings=settings, training=rate)
+    stopped = attrs.evolve(plain, name=f"{name}-stopped", label=f"DRaFT-{back}, stopped", stop=DRAFT_STOP, beside=name)
+    return [plain, stopped]
+
+
+def _nft(scale: TrainingScale, stop: tuple[float, float] | None, name: str, label: str) -> TrainingRow:
+    settings = {"samples_per_prompt": scale.samples, "mix_beta": 0.1, "levels": scale.levels}
+    rate = {"learning_rate": scale.learning_rate or 3e-4}
+    return TrainingRow(name=name, label=label, method="diffusion-nft", settings=settings, training=rate, stop=stop,
+                       beside=None if stop is None else "nft")  # fmt: skip
+
+
+def _methods(scale: TrainingScale) -> list[TrainingRow]:
+    fast = {"samples_per_prompt": scale.samples, "sampler": "cps", "noise_level": 0.8, "window_size": 3,
+            "window_range": (0, scale.steps // 2), "clip_range": 1e-5, "kl_weight": 0.0}  # fmt: skip
+    grpo = TrainingRow(name="grpo", label="Flow-GRPO-Fast", method="flow-grpo", settings=fast,
+                       training={"learning_rate": scale.learning_rate or 3e-4, "inner_updates": 2})  # fmt: skip
+    return [
+        *_draft(scale, 1), *_draft(scale, 3), _nft(scale, None, "nft", "DiffusionNFT"),
+        _nft(scale, NFT_STOP, "nft-stopped", "DiffusionNFT, stopped"), grpo,
+    ]  # fmt: skip
+
+
+def _windows(scale: TrainingScale) -> list[TrainingRow]:
+    return [
+        _nft(scale, None, "nft", "DiffusionNFT"),
+        *(_nft(scale, (low / 25, high / 25), f"nft-{low}-{high}", f"stopped in {low}-{high} of 25")
+          for low, high in WINDOWS),
+    ]  # fmt: skip
+
+
+TRAINING_TABLES: dict[str, tuple[str, Callable[[TrainingScale], list[TrainingRow]], str]] = {
+    "table3": ("Training-time alignment", _methods, "seconds"),
+    "fig4": ("Training-time alignment, by time", _methods, "seconds"),
+    "fig5": ("Training-time alignment, by denoiser passes", _methods, "passes"),
+    "fig7": ("Where to stop", _windows, "seconds"),
+}
+"""By the paper's name: title, rows, and what the curves are drawn against."""

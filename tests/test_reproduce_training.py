@@ -1,0 +1,74 @@
+"""``stitchvm reproduce table3`` and its relatives on toy networks: which trainings, what is compared, what is kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from stitchvm.core import ConfigError
+from stitchvm.core.matrix import Scale
+from stitchvm.core.training_reproduction import _time_to_match, reproduce_training
+from stitchvm.core.training_tables import TRAINING_TABLES, TrainingScale
+from test_reproduce import networks, run, world  # noqa: F401  (fixtures)
+
+TINY = TrainingScale(updates=2, prompts=2, samples=2, steps=4, evaluate_every=1, evaluation_prompts=2, seeds=(0, 1))
+STITCHING = Scale(images=8, steps=2, probes=8)
+
+
+def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  # noqa: F811
+    rows = ["draft-1", "draft-1-stopped"]
+    report = reproduce_training(
+        "table3", "toy", tmp_path, rows=rows, scale=TINY, stitching=STITCHING, progress=False
+    )
+    assert report["failed"] == {} and [row["row"] for row in report["rows"]] == rows
+    plain, stopped = report["rows"]
+    assert list(plain["after"]) == ["tiny-clip", "tiny-aesthetic", "detector"]  # trained, held out, the dataset's word
+    assert plain["cost"]["decoder"] > 0 and "decoder" not in stopped["cost"] and stopped["cost"]["head"] > 0
+    assert plain["time_to_match"] is None and len(stopped["time_to_match"]) == 2
+    lines = list(csv.DictReader((tmp_path / "table3.csv").open()))
+    assert len(lines) == 2 * 2 * 3  # rows, seeds, evaluations
+    assert (tmp_path / "table3.png").exists()
+    assert len(report["missing"]) == 2 * (len(TRAINING_TABLES["table3"][1](TINY)) - 2)
+    records = sorted((tmp_path / "trainings").glob("*/train.json"))
+    before = [path.stat().st_mtime_ns for path in records]
+    again = reproduce_training(
+        "fig4", "toy", tmp_path, rows=rows, scale=TINY, stitching=STITCHING, progress=False
+    )
+    assert [path.stat().st_mtime_ns for path in records] == before  # fig4 draws the same trainings
+    assert again["rows"] == report["rows"]
+
+
+def test_the_command_says_what_became_of_the_rewards(world, run, tmp_path):  # noqa: F811
+    settings = ("updates=1", "prompts=2", "samples=2", "steps=4", "evaluation_prompts=2", "seeds=[0]")
+    sets = [argument for pair in settings for argument in ("--set", pair)]
+    code, out, errors = run("reproduce", "fig7", "--world", "toy", "--out", tmp_path, "--methods", "nft", *sets)
+    assert code == 0, errors
+    assert "DiffusionNFT" in out and "Partial. Written to" in out
+    assert json.loads((tmp_path / "fig7.json").read_text())["rows"][0]["seeds"] == [0]
+
+
+def test_time_to_match_is_when_the_plain_ones_last_reward_was_reached():
+    plain = {"trained": "r", "curves": [{"seconds": [0, 50, 100], "r": [0.1, 0.2, 0.3]}] * 2}
+    stopped = {"curves": [{"seconds": [0, 20, 40], "r": means} for means in ([0.1, 0.3, 0.4], [0.1, 0.2, 0.2])]}
+    assert _time_to_match(stopped, plain) == [0.2, None]
+
+
+def test_windows_are_steps_and_never_the_last():
+    rows = {row.name: row for row in TRAINING_TABLES["fig7"][1](TrainingScale(steps=25))}
+    assert rows["nft-12-17"].method_settings(25)["stop"] == (12, 17)
+    assert rows["nft-12-25"].method_settings(25)["stop"] == (12, 24)
+    assert rows["nft-2-12"].method_settings(10)["stop"] == (1, 5)
+    assert "stop" not in rows["nft"].method_settings(25)
+
+
+@pytest.mark.parametrize(("table", "options", "said"), [
+    ("table9", {}, "unknown table 'table9'"), ("table3", {"rows": ["nothing"]}, "table3 has no row nothing"),
+    ("table3", {"rewards": ["tiny-cat"]}, "tiny-cat is not of the world"),
+])  # fmt: skip
+def test_what_it_refuses(table, options, said, world, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match=said):
+        reproduce_training(table, "toy", tmp_path, scale=TINY, progress=False, **options)
+    with pytest.raises(ConfigError, match="samples is 1"):
+        TrainingScale(samples=1)
