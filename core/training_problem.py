@@ -203,7 +203,8 @@ class TrainProblem:
         """
         values = values.masked_fill(~values.isfinite(), torch.nan)
         groups = values.view(-1, samples)
-        if bool(groups.isfinite().sum(1).eq(0).any()):
+        # asked of all processes at once: one that stopped alone would leave the others waiting
+        if bool(self.gather(groups.isfinite().sum(1).eq(0).any()[None]).any()):
             raise NonFiniteError("no sample of some prompt has a value that is finite.")
         if lost := int(values.isnan().sum()):
             warnings.warn(f"{lost} of {len(values)} samples have no finite value and are dropped.", RuntimeWarning,

@@ -34,6 +34,16 @@ class NoMethod:
     default_particles = 1
 
 
+class NoTrainer:
+    """Collects, but has no loss."""
+
+    needs_old = False
+    samples_per_prompt = 1
+
+    def collect(self, problem, update):
+        raise NotImplementedError
+
+
 class OldBackbone(toys.Backbone):
     """Knows nothing of loading a head alone."""
 
@@ -82,7 +92,7 @@ class HeavyReward(_AlwaysOnTheCpu, toys.Reward):
 
 
 CLASSES = {
-    "builds": {"backbone": "NoBackbone", "reward": "NoBackbone", "aligner": "NoMethod"},
+    "builds": {"backbone": "NoBackbone", "reward": "NoBackbone", "aligner": "NoMethod", "trainer": "NoTrainer"},
     "family-class": {"backbone": "OldBackbone", "reward": "OldReward"},
     "twin": {"backbone": "RestlessBackbone", "reward": "RestlessReward"},
     "geometry": {"backbone": "HeavyBackbone", "reward": "HeavyReward"},
@@ -91,11 +101,13 @@ GOOD = {
     "backbone": "stitchvm_toy_backbone.model:ToyBackboneBackbone",
     "reward": "stitchvm_toy_reward.model:ToyRewardReward",
     "aligner": "stitchvm_toy_aligner.model:ToyAlignerAligner",
+    "trainer": "toys:Trainer",
 }
 RECORD_MUTANTS = {
     "backbone": ("builds", "family-class", "twin", "geometry", "licence", "light"),
     "reward": ("builds", "family-class", "twin", "geometry", "licence", "light"),
     "aligner": ("builds", "light"),
+    "trainer": ("builds", "light"),
 }
 
 
@@ -107,8 +119,8 @@ def registered(check: str | None, kind: str, folder: Path) -> Record:
     plugin.write_text("import torch\n" if check == "light" else "import json\n")
     source = Source("toy_plugin.py", "", str(plugin), "inline")
     record: Any
-    if kind == "aligner":
-        record = AlignerRecord(name="toy", load=load, spec_version=1, source=source)
+    if kind in ("aligner", "trainer"):
+        record = AlignerRecord(name="toy", load=load, spec_version=1, trains=kind == "trainer", source=source)
     else:
         family = Family(kind=kind, name="toy", load=load, spec_version=1, source=source)
         registry()._shelf(family).add(family)

@@ -12,9 +12,11 @@ from mutant_aligners import ALIGNERS
 from mutant_backbones import BACKBONES
 from mutant_networks import NETWORKS
 from mutant_rewards import REWARDS
+from mutant_trainers import TRAINERS
 
 MUTANTS: dict[str, dict[str, Callable[[], Any]]] = {
     "backbone": {**NETWORKS["backbone"], **BACKBONES},
     "reward": {**NETWORKS["reward"], **REWARDS},
     "aligner": ALIGNERS,
+    "trainer": TRAINERS,
 }

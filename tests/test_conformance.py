@@ -17,6 +17,7 @@ from stitchvm.core.testing import (
     ConformanceError,
     Report,
     RewardConformance,
+    TrainerConformance,
     checks_for,
     examine,
     parametrize_checks,
@@ -37,6 +38,7 @@ NOT_APPLICABLE = {
     "sample": {"asks-for-a-value", "follows-the-value", "value-not-finite", "any-number-of-particles"},
     "best-of-n": {"asks-for-a-value", "follows-the-value", "value-not-finite"},
     **{name: set() for name in ("das", "dps", "dsearch", "fk-steering", "rbf", "svdd")},
+    **{name: set() for name in ("diffusion-nft", "draft", "flow-grpo")},
     **{name: set() for name in BUILT_IN["backbone"]},
     **{
         name: {"prompts": {"no-text"}, "images": {"text"}, "nothing": {"text", "reads-condition"}}[
@@ -57,12 +59,14 @@ def test_a_built_in_plugin_conforms(name):
     report = examine(name)
     assert [failure.message for failure in report.failures] == []
     assert other(report) == NOT_APPLICABLE[name]
-    assert len(report.results) == len(checks_for(report.kind)) > 20
+    assert len(report.results) == len(checks_for(report.kind)) > 15
 
 
 def test_everything_built_in_is_checked():
     assert len(BUILT_IN["backbone"]) >= 7
     assert len(BUILT_IN["reward"]) >= 8
+    kinds = {name: subject_of(name).kind for name in BUILT_IN["aligner"]}
+    assert {name for name, kind in kinds.items() if kind == "trainer"} == {"diffusion-nft", "draft", "flow-grpo"}
     assert set(NAMES) == set(NOT_APPLICABLE)
 
 
@@ -88,7 +92,7 @@ def test_the_parametrised_way_fails_where_a_check_does():
         bound[0]()
 
 
-@pytest.mark.parametrize("base", [BackboneConformance, RewardConformance, AlignerConformance])
+@pytest.mark.parametrize("base", [BackboneConformance, RewardConformance, AlignerConformance, TrainerConformance])
 def test_a_class_has_a_test_for_every_check(base):
     tests = {name.removeprefix("test_").replace("_", "-") for name in dir(base) if name.startswith("test_")}
     assert tests == {check.name for check in checks_for(base.kind)}
@@ -101,6 +105,18 @@ def test_a_class_fails_where_a_check_does():
     Broken().test_clean_rewards()
     with pytest.raises(ConformanceError, match="fails 'images'"):
         Broken().test_images()
+
+
+class TestOneThatTrains(TrainerConformance):
+    given = "draft"
+
+
+def test_a_class_of_another_kind_is_refused():
+    class Steers(AlignerConformance):
+        given = "draft"
+
+    with pytest.raises(ConfigError, match="'draft' is of the kind trainer; derive from TrainerConformance"):
+        Steers().test_images()
 
 
 @pytest.fixture
@@ -123,6 +139,13 @@ def test_the_command(run):
     assert code == 0
     assert "declared: particles: it draws one sample a prompt" in out
     assert out.splitlines()[-1] == f"{len(checks_for('aligner')) - 4} passed, 4 not applicable."
+
+
+@pytest.mark.parametrize("arguments", [("draft",), ("draft", "--kind", "aligner")])
+def test_the_command_on_a_method_that_trains(run, arguments):
+    code, out, _ = run("check", *arguments)
+    assert (code, out.splitlines()[-1]) == (0, f"{len(checks_for('trainer'))} passed.")
+    assert "trainer draft" in out
 
 
 def test_the_command_as_json(run):
@@ -202,7 +225,23 @@ def test_an_unknown_capability_is_refused():
         examine(toys.make(toys.Reward), lacks={"flight": "no wings"})
 
 
+def test_a_method_that_trains_without_a_value_declares_it():
+    report = examine(MUTANTS["trainer"]["follows-the-value"](), lacks={"estimator": "it imitates its own samples"})
+    assert [failure.check for failure in report.failures] == ["value-not-finite"]  # it reads the value all the same
+    with pytest.raises(ValueError, match="lacks names 'particles'; choose from estimator"):
+        core.AlignerRecord(name="mine", load="mine:Mine", spec_version=1, trains=True, lacks={"particles": "none"})
+
+
 # -- whom it is run on
+
+
+@pytest.mark.parametrize(("method", "trains", "wanted"), [("Aligner", True, "collect"), ("Trainer", False, "run")])
+def test_a_record_that_says_the_wrong_thing_of_training_is_told_so(method, trains, wanted):
+    load = f"{getattr(toys, method).__module__}:{getattr(toys, method).__name__}"
+    report = examine(core.AlignerRecord(name="mine", load=load, spec_version=1, trains=trains))
+    (failure,) = report.failures
+    assert failure.check == "builds" and f"expected a method with {wanted}(" in failure.message
+    assert "The record's 'trains' says whether a method trains or steers." in failure.message
 
 
 def test_a_record_without_a_twin_is_told_so():

@@ -7,18 +7,18 @@ import pytest
 import toys
 from mutant_records import RECORD_MUTANTS, registered
 from mutants import MUTANTS
-from stitchvm.core.records import PLUGIN_KINDS
+from stitchvm.core.records import CHECKED_KINDS
 from stitchvm.core.testing import Report, checks_for, examine
 
-OBJECTS = [(kind, name) for kind in PLUGIN_KINDS for name in MUTANTS[kind]]
-RECORDS = [(kind, name) for kind in PLUGIN_KINDS for name in RECORD_MUTANTS[kind]]
+OBJECTS = [(kind, name) for kind in CHECKED_KINDS for name in MUTANTS[kind]]
+RECORDS = [(kind, name) for kind in CHECKED_KINDS for name in RECORD_MUTANTS[kind]]
 
 
 def summary(report: Report) -> list[str]:
     return [failure.message for failure in report.failures]
 
 
-@pytest.mark.parametrize("kind", PLUGIN_KINDS)
+@pytest.mark.parametrize("kind", CHECKED_KINDS)
 def test_every_check_has_a_mutant(kind):
     names = [check.name for check in checks_for(kind)]
     assert len(names) == len(set(names))
@@ -27,10 +27,12 @@ def test_every_check_has_a_mutant(kind):
 
 
 @pytest.mark.parametrize(
-    "plugin", [toys.Backbone, toys.Reward, toys.Scored, toys.Likeness, toys.Aligner], ids=lambda cls: cls.__name__
+    "plugin",
+    [toys.Backbone, toys.Reward, toys.Scored, toys.Likeness, toys.Aligner, toys.Trainer],
+    ids=lambda cls: cls.__name__,
 )
 def test_a_good_plugin_passes(plugin):
-    report = examine(plugin() if plugin is toys.Aligner else toys.make(plugin))
+    report = examine(plugin() if plugin in (toys.Aligner, toys.Trainer) else toys.make(plugin))
     assert summary(report) == []
     assert all("record" in r.message or "compares" in r.message for r in report.results if r.status != "passed")
 
@@ -43,7 +45,7 @@ def test_a_broken_plugin_fails_that_check_and_no_other(kind, name):
     assert message.startswith(f"{kind} {report.name!r} fails {name!r} (")
 
 
-@pytest.mark.parametrize("kind", PLUGIN_KINDS)
+@pytest.mark.parametrize("kind", CHECKED_KINDS)
 def test_a_good_record_passes(kind, tmp_path, fresh_registry):
     report = examine(registered(None, kind, tmp_path))
     assert summary(report) == []

@@ -12,12 +12,11 @@ import pytest
 
 from stitchvm import core
 from stitchvm.core.hookspecs import PREFIX, HookSpecs
-from stitchvm.core.records import CAPABILITIES
+from stitchvm.core.records import CAPABILITIES, CHECKED_KINDS
 from stitchvm.core.scaffold import plugin_files
 from stitchvm.core.testing import BackboneConformance, checks_for, examine
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text()
-KINDS = ("backbone", "reward", "aligner")
 FILES = dict(re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", GUIDE, flags=re.DOTALL))
 """The code of every block that begins with a file's name."""
 
@@ -79,7 +78,7 @@ def rows(header: str) -> list[str]:
 
 def test_every_check_is_listed_with_its_claim():
     listed: dict[tuple[str, str, str], list[str]] = {}
-    for kind in KINDS:
+    for kind in CHECKED_KINDS:
         for check in checks_for(kind):
             listed.setdefault((check.name, check.claim.replace("``", "`"), check.needs), []).append(kind)
     expected = [f"| `{name}` | {', '.join(of)} | {claim} | {needs} |" for (name, claim, needs), of in listed.items()]

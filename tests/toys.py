@@ -1,4 +1,5 @@
-"""The packages that ``stitchvm new-plugin`` writes, imported: good plugins that mutants are made from."""
+"""The packages that ``stitchvm new-plugin`` writes, imported, and a method that trains: good plugins that mutants are
+made from."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import attrs
 import torch
 
-from stitchvm.core import Condition, ConfigError, RewardOutput
+from stitchvm.core import Condition, ConfigError, Experience, RewardOutput, as_sigma
 from stitchvm.core.scaffold import plugin_files
 
 FOLDER = Path(tempfile.mkdtemp(prefix="stitchvm-toys-"))
@@ -62,6 +64,36 @@ class Likeness(Reward):
             return super().condition(prompts)
         pixels = torch.cat([self.preprocess(image[None]) for image in prompts])
         return Condition({"text": self.net(pixels).mean(0, keepdim=True)})
+
+
+@attrs.frozen(kw_only=True)
+class Trainer:
+    """Weighted regression: denoise better where a sample of the old policy was better than its group."""
+
+    needs_old: ClassVar[bool] = True
+
+    samples_per_prompt: int = attrs.field(default=4, validator=attrs.validators.ge(2))
+    level: float = 0.5
+
+    @torch.no_grad()
+    def collect(self, problem, update):
+        count, sampler = self.samples_per_prompt, problem.old.backbone
+        owners = problem.owners(update, count)
+        clean = problem.rollout(sampler, problem.noise(problem.seeds(update, count, 0)), owners, problem.steps)
+        values = problem.values(clean, owners, problem.steps, sampler)
+        samples = {"clean": clean.cpu(), "advantage": problem.advantages(values, count).cpu(),
+                   "seed": problem.seeds(update, count, 1)}  # fmt: skip
+        return Experience.of_samples(samples, owners, {"value": float(values.mean())})
+
+    def loss(self, problem, rows):
+        clean = rows["clean"]
+        latents = (1 - self.level) * clean + self.level * problem.noise(rows["seed"])
+        found = problem.context(rows.owners).denoiser(latents, as_sigma(self.level, latents))
+        error = (found.z0 - clean).square().flatten(1).mean(1)
+        return rows["advantage"] * error, {"error": float(error.detach().mean())}
+
+    def updated(self, problem, number):
+        problem.old.follow(problem.policy, 0.5)
 
 
 def make(cls: Any) -> Any:

@@ -13,10 +13,12 @@ from stitchvm.core import (
     Backbone,
     Condition,
     Estimator,
+    Experience,
     LoraSettings,
     Policy,
     Prediction,
     Prompted,
+    Rows,
     TrainProblem,
     Update,
 )
@@ -71,3 +73,14 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
     scale = max(float(gradient.abs().max()) for gradient in theirs.values())
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=tolerance * scale)
+
+
+def rows_of(found: Experience, size: int = 64) -> Rows:
+    """All rows as one batch."""
+    (rows,) = found.batches(size, torch.device("cpu"))
+    return rows
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,10 +1,12 @@
 """The conformance kit: named checks that tell the author of a backbone, a reward or an aligner whether it is right.
 
+A method that steers samples is an *aligner*, one that trains weights a *trainer*, with checks of its own.
+
 Three ways to run the same checks: ``stitchvm check NAME``, :func:`parametrize_checks`, and a class to subclass. They
 run on a record's twin, without a download, or on any object; :func:`examine` needs no test framework.
 """
 
-from .doors import AlignerConformance, BackboneConformance, RewardConformance, parametrize_checks
+from .doors import AlignerConformance, BackboneConformance, RewardConformance, TrainerConformance, parametrize_checks
 from .kit import Check, ConformanceError, Report, Result, Subject, checks_for, examine, run_check, subject_of
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Result",
     "RewardConformance",
     "Subject",
+    "TrainerConformance",
     "checks_for",
     "examine",
     "parametrize_checks",

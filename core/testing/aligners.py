@@ -103,18 +103,19 @@ class Trial:
 TABLES = ("latents", "log_weights", "rewards", "ancestry")
 
 
-@check("aligner")
+@check("aligner", "trainer")
 def settings(aligner: Any) -> None:
     """It is an attrs class whose fields are its settings, all with defaults, that survive being written as JSON."""
     kind = type(aligner)
     expect(attrs.has(kind), "an attrs class", kind.__name__, "Decorate it with @attrs.frozen.")
-    count = getattr(kind, "default_particles", None)
-    expect(type(count) is int and count >= 1, "default_particles, a whole number from 1", repr(count))
+    if hasattr(kind, "run"):
+        count = getattr(kind, "default_particles", None)
+        expect(type(count) is int and count >= 1, "default_particles, a whole number from 1", repr(count))
     again = structure(kind, json.loads(json.dumps(plain(aligner))), "settings")
     expect(plain(again) == plain(aligner), "the same settings after JSON", plain(again))
 
 
-@check("aligner")
+@check("aligner", "trainer")
 def wrong_settings(aligner: Any) -> None:
     """A setting that does not exist, or whose value is of no kind that it takes, is refused."""
     kind = type(aligner)

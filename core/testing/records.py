@@ -20,15 +20,22 @@ from .kit import Subject, check
 
 TWIN_PARAMETERS = 1_000_000
 """A twin has fewer parameters: it is run often."""
+METHODS = {
+    "aligner": ("run(problem)",),
+    "trainer": ("collect(problem, update)", "loss(problem, rows)", "updated(problem, number)"),
+}
+"""What an alignment method offers, by its kind."""
 HEAVY = ("torch", "diffusers", "transformers", "open_clip", "timm")
 
 
-@check("backbone", "reward", "aligner", of_record=True)
+@check("backbone", "reward", "aligner", "trainer", of_record=True)
 def builds(subject: Subject) -> None:
     """It can be made without a download, and is what its kind says."""
-    if subject.kind == "aligner":
-        plugin = subject.plugin
-        expect(callable(getattr(plugin, "run", None)), "a method with run(problem)", type(plugin).__name__)
+    if subject.kind in METHODS:
+        hint = "The record's 'trains' says whether a method trains or steers."
+        for call in METHODS[subject.kind]:
+            offered = callable(getattr(subject.plugin, call.partition("(")[0], None))
+            expect(offered, f"a method with {call}", type(subject.plugin).__name__, hint)
         return
     wanted = Backbone if subject.kind == "backbone" else Reward
     found = type(subject.plugin).__name__
@@ -87,7 +94,7 @@ def licence(subject: Subject) -> None:
     expect(stated not in ("", "unknown"), "a licence in the record", repr(stated))
 
 
-@check("backbone", "reward", "aligner", of_record=True)
+@check("backbone", "reward", "aligner", "trainer", of_record=True)
 def light(subject: Subject) -> None:
     """Importing the plugin's module loads no torch, so that listing what is installed stays quick."""
     assert subject.record is not None

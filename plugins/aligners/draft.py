@@ -8,6 +8,7 @@ paper's early-stopped form: ``V(z_tau)`` instead of the clean reward.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -94,29 +95,35 @@ class Draft:
     def loss(self, problem: TrainProblem, rows: Rows) -> tuple[Tensor, dict[str, float]]:
         """``-V(z_tau)`` and the regularisation, a row."""
         stop, first = int(rows["stop"][0]), int(rows["first"][0])
-        owners, seeds = rows.owners, rows["seed"]
-        latents = problem.rollout(problem.policy.backbone, problem.noise(seeds), owners, first)
-        if self.renoised:
-            latents, owners = self._noised_again(problem, latents, owners, seeds, first, stop)
-        context = problem.context(owners)
-        distance = latents.new_zeros(len(latents))
+        latents = problem.rollout(problem.policy.backbone, problem.noise(rows["seed"]), rows.owners, first)
+        starts = self._noised_again(problem, latents, rows, first, stop) if self.renoised else [latents]
+        found = [self._ahead(problem, start, rows.owners, first, stop) for start in starts]
+        losses, values, distances = (torch.stack(parts).mean(0) for parts in zip(*found, strict=True))
+        return losses, {"value": float(values.detach().mean()), "distance": float(distances.detach().mean())}
+
+    def _ahead(
+        self, problem: TrainProblem, latents: Tensor, owners: Tensor, first: int, stop: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, value and distance ``[B]`` of the steps with gradient, from latents before step ``first``."""
+        context, distance = problem.context(owners), latents.new_zeros(len(latents))
         for step in range(first, stop):
             latents, away = _step(problem, context, latents, owners, step, self.regularisation > 0)
             distance = distance + away / max(stop - first, 1)
         value = problem.estimator(latents, as_sigma(problem.sigmas[stop], latents), context, None)
         gain = -value if self.margin is None else F.relu(self.margin - value)
-        losses = (gain + self.regularisation * distance).view(len(rows), -1).mean(1)
-        return losses, {"value": float(value.detach().mean()), "distance": float(distance.detach().mean())}
+        return gain + self.regularisation * distance, value, distance
 
     def _noised_again(
-        self, problem: TrainProblem, latents: Tensor, owners: Tensor, seeds: Tensor, first: int, stop: int
-    ) -> tuple[Tensor, Tensor]:
-        """Each sample ``renoised`` times: taken the last step, and back by fresh noise."""
-        latents = problem.rollout(problem.policy.backbone, latents, owners, stop, start=first)
-        kept, fresh = latents.repeat_interleave(self.renoised, 0), problem.noise(spread_seed(seeds, self.renoised))
-        level, back = (as_sigma(problem.sigmas[step], kept) for step in (stop, first))
+        self, problem: TrainProblem, latents: Tensor, rows: Rows, first: int, stop: int
+    ) -> Iterator[Tensor]:
+        """Each sample ``renoised`` times, one time after the other: taken the last step, and back by fresh noise."""
+        clean = problem.rollout(problem.policy.backbone, latents, rows.owners, stop, start=first)
+        level, back = (as_sigma(problem.sigmas[step], clean) for step in (stop, first))
         weight, std = problem.reference.path.transfer(level, back)
-        return spread(weight, kept) * kept + spread(std, kept) * fresh, owners.repeat_interleave(self.renoised)
+        seeds = spread_seed(rows["seed"], self.renoised)
+        for time in range(self.renoised):
+            fresh = problem.noise(seeds[time :: self.renoised])
+            yield spread(weight, clean) * clean + spread(std, clean) * fresh
 
     def updated(self, problem: TrainProblem, number: int) -> None:
         """Nothing is left to do."""

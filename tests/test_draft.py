@@ -1,0 +1,129 @@
+"""DRaFT and its relatives against full autograd, and what they keep for it."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+
+import families
+from stitchvm import core
+from stitchvm.core import TrainProblem, Tweedie
+from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
+from stitchvm.plugins.aligners.draft import Draft
+from training_worlds import STEPS, UPDATE, Brightness, assert_same, gradients, problem, rows_of
+
+
+def by_hand(task: TrainProblem, steps: int, first: int, noise: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """The latents after ``steps`` of the sampler's steps, those from ``first`` on with their gradient."""
+    z, condition = noise, task.conditions.index(owners)
+    for k in range(steps):
+        with torch.set_grad_enabled(k >= first):
+            u = task.policy.backbone.upstream(core.NoisyLatent(z, task.sigmas[k].expand(len(z))), condition)
+            z = z + (task.sigmas[k + 1] - task.sigmas[k]) * u
+    return z
+
+
+@pytest.mark.parametrize(("back", "stop"), [(1, None), (3, None), (2, (3, 3)), (None, None)])
+def test_drafts_gradient_is_full_autograds_with_the_first_steps_detached(back, stop):
+    task = problem(moved=0.05)
+    settings = Draft(samples_per_prompt=2, backward_steps=back, stop=stop, regularisation=0.0)
+    rows = rows_of(settings.collect(task, UPDATE))
+    losses, figures = settings.loss(task, rows)
+    steps = STEPS if stop is None else 3
+    z = by_hand(task, steps, steps - (back or steps), task.noise(rows["seed"]), rows.owners)
+    expected = -torch.tanh(z.flatten(1).mean(1))
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    assert_same(gradients(task, losses), gradients(task, expected), 1e-3)
+    assert figures["value"] == pytest.approx(-float(expected.mean()), rel=1e-4)
+
+
+def test_draft_holds_the_policy_to_the_reference():
+    task, settings = problem(moved=0.05), Draft(backward_steps=1, regularisation=0.0)
+    rows = rows_of(settings.collect(task, UPDATE))
+    plain, _ = settings.loss(task, rows)
+    held, _ = attrs.evolve(settings, regularisation=0.5).loss(task, rows)
+    z, level = by_hand(task, STEPS - 1, STEPS, task.noise(rows["seed"]), rows.owners), task.sigmas[STEPS - 1].expand(2)
+    ours, frozen = (net.upstream(core.NoisyLatent(z.detach(), level), task.conditions.index(rows.owners))
+                    for net in (task.policy.backbone, task.reference))  # fmt: skip
+    torch.testing.assert_close(held - plain, 0.5 * (ours - frozen).square().flatten(1).mean(1), rtol=2e-3, atol=1e-6)
+
+
+def test_draft_lv_averages_the_last_step_over_fresh_noise():
+    task, settings = problem(moved=0.05), Draft(renoised=3, regularisation=0.0)
+    rows = rows_of(settings.collect(task, UPDATE))
+    losses, _ = settings.loss(task, rows)
+    clean = by_hand(task, STEPS, STEPS, task.noise(rows["seed"]), rows.owners).detach()
+    level = float(task.sigmas[STEPS - 1])
+    expected = torch.zeros(2)
+    for n in range(3):
+        noise = task.noise(core.spread_seed(rows["seed"], 3)[n::3])
+        z = (1 - level) * clean + level * noise
+        u = task.policy.backbone.upstream(
+            core.NoisyLatent(z, torch.full((2,), level)), task.conditions.index(rows.owners)
+        )
+        expected = expected - torch.tanh((z - level * u).flatten(1).mean(1)) / 3
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    assert_same(gradients(task, losses), gradients(task, expected), 1e-3)
+
+
+def test_refl_goes_through_the_estimators_own_denoiser_pass():
+    """No step of the sampler has a gradient; ``relu(margin - r(D(z0_hat)))`` has."""
+    backbone, reward = families.mmdit(), families.clip()
+    task = problem(backbone, Tweedie(reward), moved=0.05)
+    task = attrs.evolve(task, reward_conditions=reward.encode_prompts(["a red ball", "a blue box"]))
+    settings = Draft(backward_steps=0, stop=(4, 4), margin=2.0, regularisation=0.0)
+    rows = rows_of(settings.collect(task, UPDATE))
+    losses, _ = settings.loss(task, rows)
+    z = by_hand(task, 4, 4, task.noise(rows["seed"]), rows.owners).detach()
+    level = task.sigmas[4]
+    u = task.policy.backbone.upstream(core.NoisyLatent(z, level.expand(2)), task.conditions.index(rows.owners))
+    images = backbone.decode_latents(z - level * u)
+    expected = torch.relu(2.0 - reward.rate(images, task.reward_conditions.index(rows.owners)))
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    assert_same(gradients(task, losses), gradients(task, expected), 1e-3)
+    with pytest.raises(core.ConfigError, match="backward_steps is 0"):
+        settings.collect(attrs.evolve(task, estimator=Brightness()), UPDATE)
+
+
+def kept_for_backward(task: TrainProblem, settings: Draft) -> int:
+    """Bytes that autograd keeps of one loss."""
+    rows = rows_of(settings.collect(task, UPDATE))
+    total = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        settings.loss(task, rows)
+    return total
+
+
+def test_memory_does_not_grow_with_the_steps_without_gradient():
+    task = problem()
+    side = task.latent_shape[-1]
+    longer = attrs.evolve(task, sigmas=task.reference.sigmas(4 * STEPS, (side, side)))
+    one, more = Draft(backward_steps=1), Draft(backward_steps=3)
+    assert kept_for_backward(task, one) == kept_for_backward(longer, one) > 0
+    assert kept_for_backward(task, more) > 2 * kept_for_backward(task, one)
+
+
+def test_random_truncation_draws_its_depth_and_the_stop_its_step():
+    task = problem()
+    updates = [attrs.evolve(UPDATE, number=n) for n in range(40)]
+    settings = Draft(truncation="random", backward_steps=None, stop=(2, 4))
+    found = [rows_of(settings.collect(task, update)) for update in updates]
+    stops = {int(rows["stop"][0]) for rows in found}
+    depths = {int(rows["stop"][0] - rows["first"][0]) for rows in found}
+    assert stops == {2, 3, 4} and depths == {1, 2, 3, 4}
+    again = rows_of(settings.collect(task, updates[7]))
+    assert torch.equal(again["stop"], found[7]["stop"]) and torch.equal(again["first"], found[7]["first"])
+
+
+@pytest.mark.parametrize(("stop", "said"), [((0, 3), "stop is \\[0, 3\\]"), ((2, 9), "1 to 5"), ((4, 2), "in order")])
+def test_a_stop_outside_the_steps_is_an_error(stop, said):
+    for settings in (Draft(stop=stop), DiffusionNft(samples_per_prompt=2, stop=stop)):
+        with pytest.raises(core.ConfigError, match=said):
+            settings.collect(problem(), UPDATE)
