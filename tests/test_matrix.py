@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -176,8 +177,9 @@ def test_the_table_says_what_the_json_says(world, tmp_path):
 def test_evaluate_measures_a_cell_s_model_alike(world, run, tmp_path, reward):
     cell = small(tmp_path, rewards=[reward])["cells"][0]
     models = tmp_path / "models" / f"tiny-sd3--{reward}"
+    count = 6 * (matrix.PAIRS if METRICS[reward] == "preference" else 1)
     code, out, err = run(
-        "evaluate", models / "stitched", "--vae", models / "vae", "--data", "toy", "--count", 6, "--sigmas",
+        "evaluate", models / "stitched", "--vae", models / "vae", "--data", "toy", "--count", count, "--sigmas",
         "0.25,0.9", "--out", tmp_path / "report", "--json",
     )  # fmt: skip
     assert code == 0, err
@@ -223,27 +225,45 @@ def test_a_retrained_reward_is_stitched_again(world, networks, tmp_path, stitche
     assert len(stitches) == 4
 
 
-def test_an_interrupted_cell_goes_on(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed_in", ["stitch", "measure"])
+def test_an_interrupted_cell_goes_on(killed_in, world, tmp_path, monkeypatch):
+    """Killed before the baseline it begins with that, its examples as they were; killed later, with the metric."""
     from stitchvm.core.skills import SkillData
 
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    real, made = matrix.stitch, []
+
+    def killed(*arguments: Any, **settings: Any) -> Any:
+        if killed_in == "measure" or made:
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SkillData, "measure", killed)
+        patch.setattr(*((matrix, "stitch") if killed_in == "stitch" else (SkillData, "measure")), killed)
         with pytest.raises(KeyboardInterrupt):
             small(tmp_path, rewards=["tiny-dino"])
     assert not list((tmp_path / "cells").glob("*.json"))
     caches = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     assert any("finetune" in str(path) for path in caches)
-    made: list[float] = []
-    real = matrix.stitch
-    monkeypatch.setattr(matrix, "stitch", lambda *a, **k: (made.append(1), real(*a, **k))[1])
-    monkeypatch.setattr(matrix.shutil, "rmtree", lambda path: None)
+    again: list[float] = []
+    monkeypatch.setattr(matrix, "stitch", lambda *a, **k: (again.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(matrix.shutil, "rmtree", lambda path, ignore_errors: None)
     report = small(tmp_path, rewards=["tiny-dino"])
-    assert report["measured"] == 1 and len(made) == 2
+    assert report["measured"] == 1 and len(again) == (2 if killed_in == "stitch" else 0)
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
-    assert after == caches, "neither examples nor finetune are done again"
+    assert {path: after[path] for path in caches} == caches, "neither examples nor finetune are done again"
+
+
+def test_where_the_metric_alone_changes_the_models_stay(world, tmp_path, stitches):
+    first = small(tmp_path, rewards=["tiny-hps"])["cells"][0]
+    assert first["count"] == 6 * matrix.PAIRS and len(stitches) == 2
+    models = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
+    other = small(tmp_path, rewards=["tiny-hps"], scale=attrs.evolve(SCALE, held_out=4))["cells"][0]
+    assert other["count"] == 4 * matrix.PAIRS and len(stitches) == 2
+    assert {path: path.stat().st_mtime_ns for path in models} == models
+    assert other["interface"] == first["interface"] and other["cost"]["stitched"] == first["cost"]["stitched"]
+    small(tmp_path, rewards=["tiny-hps"], scale=attrs.evolve(SCALE, steps=3))
+    assert len(stitches) == 4
 
 
 def test_a_partial_matrix_says_so_and_grows(world, run, tmp_path):
