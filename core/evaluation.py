@@ -14,7 +14,7 @@ from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError
 from .loading import load_backbone, name_of
-from .metrics import Recall, recall_at_one
+from .metrics import Recall, recall_at_one, share_kept
 from .progress import track
 from .reward import Reward, RewardOutput
 from .sampling import seeded_noise
@@ -137,9 +137,9 @@ class Retrieval:
         return {"sigma": list(self.sigmas), "clean": self.clean.mean, **means, "count": self.count,
                 "detail": {"clean": attrs.asdict(self.clean), **detail}}  # fmt: skip
 
-    def retention(self, name: str) -> list[float]:
-        """A model's recall as a share of the clean reward's, by noise level."""
-        return [recall.mean / self.clean.mean for recall in self.models[name]]
+    def retention(self, name: str) -> list[float | None]:
+        """A model's recall as a share of the clean reward's, by noise level; None where that recalls nothing."""
+        return share_kept([recall.mean for recall in self.models[name]], self.clean.mean)
 
 
 @torch.no_grad()

@@ -33,6 +33,11 @@ _READERS: dict[MetricKind, tuple[ConditionKind, ...]] = {
 """What a reward may compare with to be measured so: a dataset gives prompts, and no reference images."""
 
 
+def share_kept(values: Sequence[float], clean: float) -> list[float | None]:
+    """``values`` over the ``clean`` reward's own, None where that has no skill to keep."""
+    return [value / clean if clean > 0 else None for value in values]
+
+
 def metric_of(reward: Any) -> MetricKind:
     """The metric that a reward's record names, or else that of what it compares with.
 

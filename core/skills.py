@@ -18,7 +18,7 @@ from .conditions import Condition
 from .datasets import offering
 from .errors import ConfigError
 from .evaluation import SIGMAS, Readings, Retrieval, embedding, over_sigmas, retrieval
-from .metrics import centred_similarity, metric_of, preference_accuracy, recall_by_chance, spearman
+from .metrics import centred_similarity, metric_of, preference_accuracy, recall_by_chance, share_kept, spearman
 from .records import MetricKind
 from .reward import Reward, RewardOutput
 from .value import StitchedValue
@@ -44,7 +44,7 @@ class Skill:
         Chance is not subtracted: a preference of 0.5 keeps half of a perfect one. None where the clean reward has no
         skill to keep.
         """
-        return [value / self.clean if self.clean > 0 else None for value in self.models[name]]
+        return share_kept(self.models[name], self.clean)
 
     def report(self) -> dict[str, Any]:
         """JSON-able: ``metric``, ``sigma[]``, ``clean``, a list by model, and ``retention`` with a list by model."""

@@ -28,13 +28,13 @@ def command(
 
 def _print(summary: dict[str, Any], out: Path) -> None:
     from ..comparison import MeanStderr
-    from ..plots import METHODS
+    from ..plots import METHODS, percent
     from ..report import headline
 
     recalls, steering = summary["retrieval"], summary["steering"]
     print_table(
         ("sigma", *(f"{sigma:g}" for sigma in recalls["sigma"])),
-        [("share of the clean recall kept", *(f"{share:.0%}" for share in recalls["retention"]))],
+        [("share of the clean recall kept", *(percent(share) for share in recalls["retention"]))],
     )
     typer.echo()
     rows = []
