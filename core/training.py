@@ -140,10 +140,7 @@ def train(
 def _accelerator(plan: TrainSettings, network: Backbone, out: Path) -> Accelerator:
     """Of this process; :class:`ConfigError` for a tracker that is unknown or not installed."""
     try:
-        found = Accelerator(
-            cpu=network.device.type == "cpu", mixed_precision=plan.mixed_precision, log_with=plan.tracker,
-            project_dir=str(out),
-        )  # fmt: skip
+        found = Accelerator(cpu=network.device.type == "cpu", log_with=plan.tracker, project_dir=str(out))
     except ValueError as error:
         raise ConfigError(f"tracker is {plan.tracker!r}: {error}") from error
     if plan.tracker is not None and not found.log_with:
@@ -211,7 +208,7 @@ class _Run:
     def _update(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         """Collect, and take the optimiser's steps; the figures to log."""
         policy, figures = self.problem.policy, {}
-        with self.accelerator.autocast():
+        with self._precision():
             experience = self.method.collect(self.problem, self._drawn(number))
         for _ in range(self.plan.inner_updates):
             figures = self._step(experience, optimiser, number)
@@ -237,7 +234,7 @@ class _Run:
         sums: defaultdict[str, float] = defaultdict(float)
         with differentiating():
             for rows in experience.batches(self.plan.batch, self.problem.device):
-                with self.accelerator.autocast():
+                with self._precision():
                     losses, figures = self.method.loss(self.problem, rows)
                 self.accelerator.backward(losses.sum() / total)
                 for name, figure in ({"loss": float(losses.detach().mean())} | figures).items():
@@ -252,6 +249,12 @@ class _Run:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         return dict(sums) | {"gradient_norm": float(norm)}
+
+    def _precision(self) -> torch.autocast:
+        """Not Accelerate's own: that of a process's first training would hold for all later ones."""
+        return torch.autocast(
+            self.problem.device.type, dtype=torch.bfloat16, enabled=self.plan.mixed_precision == "bf16"
+        )
 
     def _summed(self, tensor: Tensor) -> Tensor:
         found: Tensor = self.accelerator.reduce(tensor, reduction="sum")

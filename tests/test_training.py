@@ -94,6 +94,20 @@ def test_the_batch_changes_nothing_but_memory(batch, tmp_path):
             torch.testing.assert_close(parts[key], tensor, rtol=1e-3, atol=2e-4)
 
 
+def test_checkpointing_gradients_changes_no_weight_and_bfloat16_runs(tmp_path):
+    method = Draft(backward_steps=2)
+    run(method, tmp_path / "plain", updates=2)
+    run(method, tmp_path / "again", updates=2, gradient_checkpointing=True)
+    plain, again = lora_of(tmp_path / "plain"), lora_of(tmp_path / "again")
+    for key, tensor in plain.items():
+        torch.testing.assert_close(again[key], tensor, rtol=1e-4, atol=1e-6)
+    rough = run(method, tmp_path / "rough", updates=2, mixed_precision="bf16")
+    values = [entry["value"] for entry in rough.record.history]
+    exact = [json.loads((tmp_path / "plain" / "train.json").read_text())["history"][k]["value"] for k in range(2)]
+    assert values == pytest.approx(exact, abs=0.02) and values != exact
+    assert {tensor.dtype for tensor in lora_of(tmp_path / "rough").values()} == {torch.float32}
+
+
 def test_a_run_goes_on_with_more_updates_and_refuses_other_settings(tmp_path):
     run(Draft(), tmp_path / "parts", updates=2)
     run(Draft(), tmp_path / "parts", updates=4)
