@@ -186,7 +186,8 @@ class _Run:
                 self._evaluate(state, record, number + 1)
             if self.accelerator.is_main_process and (last or (number + 1) % self.plan.checkpoint_every == 0):
                 state.save(record)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # not end_training, which would leave the process group unusable for what comes next
         policy.load(state.averages)
         if self.accelerator.is_main_process:
             policy.save(self.folder)

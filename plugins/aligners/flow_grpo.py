@@ -90,8 +90,10 @@ class FlowGrpo:
         owners, count = problem.owners(update, self.samples_per_prompt), self.samples_per_prompt
         latents = problem.noise(problem.seeds(update, count, 0))
         if self.branch:
-            latents = latents[::count].repeat_interleave(count, 0)
-        latents = problem.rollout(network, latents, owners, first)
+            shared = problem.rollout(network, latents[::count], owners[::count], first)
+            latents = shared.repeat_interleave(count, 0)
+        else:
+            latents = problem.rollout(network, latents, owners, first)
         drawn: dict[str, list[Tensor]] = {name: [] for name in ("before", "after", "log_prob", "step", "sample")}
         for step in range(first, end):
             noise = problem.noise(problem.seeds(update, count, 3 + step))
