@@ -188,7 +188,7 @@ class _Run:
                 state.save(record)
         for tracker in self.accelerator.trackers:
             tracker.finish()  # not end_training, which would leave the process group unusable for what comes next
-        policy.load(state.averages)
+        policy.load(state.averages.tensors())
         if self.accelerator.is_main_process:
             policy.save(self.folder)
             record.write(self.folder)
@@ -196,8 +196,7 @@ class _Run:
 
     def _evaluate(self, state: TrainingState, record: TrainingRecord, number: int) -> None:
         """With averaged weights; every process does, as all hold the same."""
-        with state.averaged():
-            found: Evaluation = self.gallery.evaluate(self.problem, record.evaluations)
+        found: Evaluation = self.gallery.evaluate(self.problem, state.averages.backbone, record.evaluations)
         report = found.report(number, record)
         record.evaluations.append(report)
         means = {f"evaluation/{name}": entry["mean"] for name, entry in report["rewards"].items()}
@@ -222,12 +221,10 @@ class _Run:
         """This process's prompts: the next of a list that is shuffled anew each time it is through."""
         each = self.plan.prompts_per_update
         mine = range(self.accelerator.process_index, each, self.accelerator.num_processes)
-        chosen = []
-        for place in mine:
-            epoch, position = divmod(number * each + place, self.prompts)
-            order = torch.randperm(self.prompts, generator=_shuffling(self.problem.seed, epoch))
-            chosen.append(int(order[position]))
-        return Update(number, tuple(chosen), tuple(mine))
+        wanted = [divmod(number * each + place, self.prompts) for place in mine]
+        orders = {epoch: torch.randperm(self.prompts, generator=_shuffling(self.problem.seed, epoch))
+                  for epoch, _ in wanted}  # fmt: skip
+        return Update(number, tuple(int(orders[epoch][position]) for epoch, position in wanted), tuple(mine))
 
     def _step(self, experience: Experience, optimiser: torch.optim.Optimizer, number: int) -> dict[str, float]:
         """One optimiser step on the mean loss over the rows of all processes."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .alignment import reward_condition
 from .alignment_result import GRID_IMAGES, sheet, write_png
+from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
 from .conditions import Condition
 from .files import make_folder
@@ -60,16 +61,16 @@ class Gallery:
         return {name: network_identity(reward) for name, reward in self.rewards.items()}
 
     @torch.no_grad()
-    def evaluate(self, problem: TrainProblem, before: Sequence[Mapping[str, Any]]) -> Evaluation:
-        """Sample and judge with the policy as it is; warns of a reward that has fallen since the first evaluation while
+    def evaluate(self, problem: TrainProblem, backbone: Backbone, before: Sequence[Mapping[str, Any]]) -> Evaluation:
+        """Sample ``backbone`` and judge; warns of a reward that has fallen since the first evaluation while
         the trained one has risen, both by more than two standard errors."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
         pictures = []
         for rows in torch.arange(len(self.prompts)).split(problem.batch):
             condition = self.conditions.index(rows).to(problem.device)
-            denoiser = Denoiser(problem.policy.backbone, condition, problem.null, problem.guidance_scale)
+            denoiser = Denoiser(backbone, condition, problem.null, problem.guidance_scale)
             latents = run_sampler(denoiser, self.noise[rows].to(problem.device), problem.sigmas)
-            drawn = denoiser.backbone.decode_latents(latents).clamp(0, 1)
+            drawn = backbone.decode_latents(latents).clamp(0, 1)
             for name, reward in self.rewards.items():
                 text = self.texts[name]
                 chosen = text.index(rows).to(problem.device) if len(text) else text

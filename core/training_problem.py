@@ -8,7 +8,7 @@ what one would have drawn.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import ClassVar, Protocol, Self
 
@@ -244,6 +244,6 @@ class TrainingMethod(Protocol):
         ...
 
 
-def spread_seed(seeds: Sequence[int] | Tensor, times: int) -> Tensor:
+def spread_seed(seeds: Tensor, times: int) -> Tensor:
     """``times`` seeds from each, in a row: ``[len(seeds) * times]`` int64."""
     return torch.tensor([stream_seed(int(seed), n) for seed in seeds for n in range(times)])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 import torch
-from torch import Tensor
 
 from .alignment_result import check_same
 from .checkpoints import load_optimiser, optimiser_tensors, under
@@ -96,34 +94,21 @@ class TrainingState:
     old: Policy | None
     optimiser: torch.optim.Optimizer
     decay: float
-    averages: dict[str, Tensor]
+    averages: Policy
 
     @classmethod
     def begin(
         cls, folder: Path, policy: Policy, old: Policy | None, optimiser: torch.optim.Optimizer, decay: float
     ) -> Self:
-        return cls(folder, policy, old, optimiser, decay, policy.tensors())
+        return cls(folder, policy, old, optimiser, decay, policy.another())
 
-    @torch.no_grad()
     def average(self, number: int) -> None:
         """Follow the policy after update ``number``, closely at first."""
-        decay = min(self.decay, (1 + number) / (10 + number))
-        for name, parameter in self.policy.parameters.items():
-            self.averages[name].lerp_(parameter.detach(), 1 - decay)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The policy with its averaged numbers."""
-        own = self.policy.tensors()
-        self.policy.load(self.averages)
-        try:
-            yield
-        finally:
-            self.policy.load(own)
+        self.averages.follow(self.policy, min(self.decay, (1 + number) / (10 + number)))
 
     def save(self, record: TrainingRecord) -> None:
         """Write the checkpoint, whole or not at all."""
-        parts = {"policy": self.policy.tensors(), "average": self.averages}
+        parts = {"policy": self.policy.tensors(), "average": self.averages.tensors()}
         if self.old is not None:
             parts["old"] = self.old.tensors()
         tensors = {f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()}
@@ -144,7 +129,7 @@ class TrainingState:
         check_same(kept["settings"], record.settings, self.folder)
         tensors = read_tensors(path)
         self.policy.load(under("policy", tensors))
-        self.averages = under("average", tensors)
+        self.averages.load(under("average", tensors))
         if self.old is not None:
             self.old.load(under("old", tensors))
         load_optimiser(self.optimiser, tensors)

@@ -49,6 +49,16 @@ def test_the_command_says_what_became_of_the_rewards(world, run, tmp_path):  # n
     assert json.loads((tmp_path / "fig7.json").read_text())["rows"][0]["seeds"] == [0]
 
 
+def test_options_that_a_training_would_ignore_are_refused(world, run, tmp_path):  # noqa: F811
+    code, _, errors = run("reproduce", "table3", "--world", "toy", "--out", tmp_path, "--prompts", 200, "--steps", 5)
+    assert code == 2 and "--prompts, --steps means nothing here: table3 trains" in errors
+    common = ("--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", "--reward", "tiny-clip")
+    code, _, errors = run("align", "draft", "one", *common, "--batch", 64, "--no-reuse")
+    assert code == 2 and "--batch, --reuse means nothing here: draft trains" in errors
+    code, _, errors = run("align", "best-of-n", "one", *common, "--train", "updates=3")
+    assert code == 2 and "--train means nothing here: best-of-n samples" in errors
+
+
 def test_time_to_match_is_when_the_plain_ones_last_reward_was_reached():
     plain = {"trained": "r", "curves": [{"seconds": [0, 50, 100], "r": [0.1, 0.2, 0.3]}] * 2}
     stopped = {"curves": [{"seconds": [0, 20, 40], "r": means} for means in ([0.1, 0.3, 0.4], [0.1, 0.2, 0.2])]}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, key_values
+from .options import BackboneName, key_values, refuse_given
 from .output import Json, print_json, print_table
 from .training import train_and_print
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     method: Annotated[
         str, typer.Argument(metavar="METHOD", help="A method of 'stitchvm list': sample, fk-steering ..")
     ],
@@ -70,7 +71,8 @@ def command(
         raise ConfigError("--value and --estimator each say what steers; give one of them.")
     steered_by, own = value if estimator is None else estimator, method_settings(settings or ())
     if registry().aligner(method).trains:
-        _refuse({"--particles": particles, "--no-reuse": not reuse, "--proposals": proposals != 1}, method, "trains")
+        surplus = ("particles", "proposals", "batch", "reuse")
+        refuse_given(context, surplus, f"{method} trains; see --set, and --train batch=N.")
         chosen = {"steps": steps, "guidance_scale": guidance_scale}
         train_and_print(
             method, backbone, steered_by, prompts, count, out, as_json, training or (), seed=seed, reward=reward,
@@ -78,7 +80,7 @@ def command(
             **{name: entry for name, entry in chosen.items() if entry is not None},
         )  # fmt: skip
         return
-    _refuse({"--train": training, "--held-out-reward": held_out_reward}, method, "only samples")
+    refuse_given(context, ("training", "held_out_reward"), f"{method} samples and trains nothing.")
     result = align(
         method, backbone, steered_by, open_prompts(prompts, count, split="test"), particles=particles,
         proposals=proposals, seed=seed, steps=28 if steps is None else steps, guidance_scale=guidance_scale,
@@ -88,12 +90,6 @@ def command(
         print_json(result.report())
     else:
         _print(result, out)
-
-
-def _refuse(options: dict[str, Any], method: str, does: str) -> None:
-    """:class:`ConfigError` for options of the other kind of method."""
-    if given := [name for name, entry in options.items() if entry]:
-        raise ConfigError(f"{method} {does}, so that {', '.join(given)} means nothing here; leave it out.")
 
 
 _TAKEN = {"particles", "proposals", "seed", "steps", "guidance_scale", "resolution", "reward", "batch", "reuse", "out"}

@@ -88,3 +88,15 @@ def key_values(pairs: Sequence[str], option: str, example: str) -> dict[str, Any
         except ValueError:
             found[key] = text
     return found
+
+
+def refuse_given(context: typer.Context, parameters: Sequence[str], because: str) -> None:
+    """Raise :class:`ConfigError`, naming them, where some of the ``parameters`` stand on the command line."""
+    given = []
+    for name in parameters:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = next(parameter for parameter in context.command.params if parameter.name == name)
+            given.append(option.opts[0])
+    if given:
+        raise ConfigError(f"{', '.join(given)} means nothing here: {because}")

@@ -8,15 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from .align import method_settings
-from .options import names, reals
+from .options import names, reals, refuse_given
 from .output import Json, print_json, print_table
 from .stitch import read_recipe
 from .training import train_and_compare
 
+_OF_SAMPLING = (
+    "prompts", "steps", "guidance_scale", "seed", "batch", "particles", "proposals", "strength", "strengths_tweedie",
+    "strengths_stitched", "normaliser", "samples",
+)  # fmt: skip
 _OF_REWARD = "(default: by the reward's scale)"
 
 
 def command(
+    context: typer.Context,
     table: Annotated[
         str,
         typer.Argument(
@@ -85,6 +90,7 @@ def command(
         "rewards": None if rewards is None else names(rewards, "--rewards"),
     }
     if table in TRAINING_TABLES:
+        refuse_given(context, _OF_SAMPLING, f"{table} trains; give its own settings with --set, such as updates=100.")
         train_and_compare(
             table, world, out, options or (), as_json, stitching=scale, value=values,
             recipe=read_recipe(recipe, {}), rows=None if methods is None else names(methods, "--methods"), **chosen,

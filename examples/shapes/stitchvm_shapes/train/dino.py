@@ -2,9 +2,9 @@
 
 Two pictures of one scene, placed, lit and cut out anew, are alike; pictures of other scenes are not, least of all that
 of a scene with one thing changed, which is in every batch. As DINOv2's small models learn from its largest, this one
-also learns what shapes-clip's image tower makes of the pictures. In trainings as short as these neither
-self-distillation (DINO, Caron et al. 2021), which told scenes apart by their ground alone, nor contrast alone, which
-had not found an object's shape after 1,000 steps, was enough.
+also learns what shapes-clip's image tower makes of the pictures. In trainings as short as these
+self-distillation (DINO, Caron et al. 2021) told scenes apart by their ground alone, and contrast alone a scene from one
+with another shape 70 % of the time (`tells_shapes`, 988 steps), less than shapes-clip.
 """
 
 from __future__ import annotations
