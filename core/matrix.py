@@ -1,6 +1,6 @@
 """Every backbone with every reward of a small trained world, stitched for real and beside VAE stitching.
 
-A *world* is a dataset and the backbones and rewards that came with it, in one distribution. Each pair is a *cell*: a
+Each pair is a *cell*: a
 search, a finetune, the baseline by the same recipe, and the reward's own metric of both by noise level. A finished cell
 is a file, so that a run can be interrupted, repeated, or shared between processes that take different backbones.
 """
@@ -11,6 +11,7 @@ import json
 import shutil
 import traceback
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,98 +19,25 @@ import attrs
 
 from .backbone import Backbone
 from .costs import Clock, CostMeter
-from .errors import ConfigError, StitchError
+from .errors import StitchError
 from .evaluation import SIGMAS
 from .examples import cache_key
 from .files import make_folder, read_json, write_json, write_text
 from .finetune import FinetuneSettings
-from .images import ImageSource, open_images
 from .loading import load_backbone, load_dataset_plugin, load_reward
-from .matrix_report import assemble, cell_name, write_matrix
+from .matrix_report import assemble, write_matrix
 from .metrics import metric_of
 from .progress import track
 from .provenance import network_identity, versions
 from .recipes import recipe as named_recipe
-from .records import MetricKind, Record
-from .registries import registry
+from .records import MetricKind
 from .reward import Reward
 from .searching import search
 from .skills import Skill, SkillData
-from .stitching import VAE_STITCHING, stitch
+from .stitching import VAE_STITCHING
 from .value import StitchedValue
-
-positive: Any = attrs.validators.gt(0)
-
-PAIRS = 3
-"""Held-out pairs for every held-out image: an answer about a pair is one bit, and 1,000 of them leave a standard error
-of 1.4 points."""
-
-MADE = "made.json"
-"""Beside a cell's value models: what they were made with, so that only the metric is done again where that changes."""
-
-
-@attrs.frozen
-class Scale:
-    """How much of everything a cell takes; the defaults are for a small world on two cores.
-
-    ``images`` and ``samples`` (where the recipe takes generated ones) feed the ``steps`` of stage 2, ``probes`` the
-    search, ``held_out`` images the metric, or :data:`PAIRS` times as many pairs.
-    """
-
-    images: int = attrs.field(default=4096, validator=positive)
-    steps: int = attrs.field(default=200, validator=positive)
-    probes: int = attrs.field(default=200, validator=positive)
-    samples: int = attrs.field(default=2048, validator=positive)
-    held_out: int = attrs.field(default=1000, validator=positive)
-
-
-@attrs.frozen
-class World:
-    """A dataset's name, and the backbones and rewards that came in its distribution."""
-
-    name: str
-    backbones: tuple[str, ...]
-    rewards: tuple[str, ...]
-
-    @classmethod
-    def of(cls, name: str) -> World:
-        """The world around a registered dataset.
-
-        Raises ``UnknownNameError`` for a dataset nobody offers, :class:`ConfigError` for one that came alone.
-        """
-        names = registry()
-        home = _distribution(names.dataset(name))
-        pairs = [
-            (backbone, reward)
-            for backbone, reward in names.pairs()
-            if _distribution(names.backbone(backbone)) == _distribution(names.reward(reward)) == home
-        ]
-        if not pairs:
-            raise ConfigError(f"{home!r}, which offers the dataset {name!r}, has no backbone and reward to stitch.")
-        backbones, rewards = (tuple(dict.fromkeys(column)) for column in zip(*pairs, strict=True))
-        return cls(name, backbones, rewards)
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Every backbone with every reward, backbone by backbone."""
-        return [(backbone, reward) for backbone in self.backbones for reward in self.rewards]
-
-    def chosen(self, backbones: Sequence[str] | None, rewards: Sequence[str] | None) -> list[tuple[str, str]]:
-        """The pairs of these backbones and rewards, by default of all; :class:`ConfigError` for a foreign name."""
-        for asked, there in ((backbones, self.backbones), (rewards, self.rewards)):
-            if foreign := sorted(set(asked or ()) - set(there)):
-                raise ConfigError(
-                    f"{', '.join(foreign)} is not of the world {self.name!r}, which has {', '.join(there)}."
-                )
-        return [
-            (backbone, reward)
-            for backbone, reward in self.pairs
-            if (backbones is None or backbone in backbones) and (rewards is None or reward in rewards)
-        ]
-
-
-def _distribution(record: Record) -> str | None:
-    return record.source.distribution if record.source is not None else None
+from .world_values import WorldStitcher
+from .worlds import PAIRS, Scale, World, cell_name
 
 
 def run_matrix(
@@ -151,7 +79,7 @@ def run_matrix(
     return report
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, slots=False)
 class _Job:
     """What the cells share; the last backbone and pictures stay loaded for the next cell."""
 
@@ -162,9 +90,8 @@ class _Job:
     sigmas: tuple[float, ...]
     seed: int
     progress: bool
-    _dataset: Any = None
     _backbone: tuple[str, Backbone] | None = None
-    _drawn: dict[tuple[MetricKind, str], SkillData] = attrs.field(factory=dict)
+    _held_out: dict[MetricKind, SkillData] = attrs.field(factory=dict)
 
     def attempt(self, backbone: str, reward: str) -> str | None:
         """Do a cell unless it is done; what went wrong in one line, or None."""
@@ -205,20 +132,17 @@ class _Job:
             self._backbone = (name, load_backbone(name))
         return self._backbone[1]
 
-    @property
-    def dataset(self) -> Any:
-        if self._dataset is None:
-            self._dataset = load_dataset_plugin(self.world.name)()
-        return self._dataset
+    @cached_property
+    def stitcher(self) -> WorldStitcher:
+        dataset = load_dataset_plugin(self.world.name)()
+        return WorldStitcher(dataset, self.scale, self.recipe, self.seed, self.progress)
 
-    def data(self, metric: MetricKind, split: str) -> SkillData:
-        """Pictures of a metric's kind: as many in all as stage 2 takes, or the held-out ones."""
-        sets = 2 if metric == "preference" else 1
-        held_out = self.scale.held_out * (PAIRS if metric == "preference" else 1)
-        count = held_out if split == "test" else -(-self.scale.images // sets)
-        if (metric, split) not in self._drawn:
-            self._drawn[metric, split] = SkillData.draw(metric, self.dataset, count, self.seed, split)
-        return self._drawn[metric, split]
+    def held_out(self, metric: MetricKind) -> SkillData:
+        """What a metric is measured on."""
+        if metric not in self._held_out:
+            count = self.scale.held_out * (PAIRS if metric == "preference" else 1)
+            self._held_out[metric] = SkillData.draw(metric, self.stitcher.dataset, count, self.seed, "test")
+        return self._held_out[metric]
 
 
 @attrs.frozen(eq=False)
@@ -234,8 +158,8 @@ class _Cell:
         """The cell's content; the value models are written to ``models``, unless they are there."""
         job, clock, metric = self.job, Clock(), metric_of(self.reward)
         with clock("data"):
-            held = job.data(metric, "test")  # first: a dataset without it shall not cost a finetune
-        made, values = self._made(models, metric)
+            held = job.held_out(metric)  # first: a dataset without it shall not cost a finetune
+        made, values = self._made(models)
         with clock("evaluate"), CostMeter() as evaluating:
             skill: Skill = held.measure(
                 self.backbone, self.reward, values, sigmas=job.sigmas, seed=job.seed, progress=job.progress
@@ -245,44 +169,27 @@ class _Cell:
         seconds["total"] = round(sum(spent for step, spent in seconds.items() if step != "total"), 1)
         return {**skill.report(), "interface": made["interface"], "seconds": seconds, "cost": cost}
 
-    def _made(self, models: Path, metric: MetricKind) -> tuple[dict[str, Any], dict[str, StitchedValue]]:
+    def _made(self, models: Path) -> tuple[dict[str, Any], dict[str, StitchedValue]]:
         """The stitched value and the baseline, and what they took: found in ``models``, or made and noted there."""
-        job, note = self.job, models / MADE
-        scale = attrs.asdict(job.scale)
-        scale.pop("held_out")
-        settings = {"backbone": network_identity(self.backbone), "reward": network_identity(self.reward),
-                    "scale": scale, "recipe": job.shared()["recipe"], "seed": job.seed}  # fmt: skip
-        settings = json.loads(json.dumps(settings))
-        if note.is_file() and (known := read_json(note))["settings"] == settings:
+        job, stitcher = self.job, self.job.stitcher
+        settings = stitcher.settings(self.backbone, self.reward)
+        if (known := stitcher.known(models, settings)) is not None:
             return known, {
                 name: StitchedValue.from_pretrained(models / name, backbone=self.backbone, device=self.backbone.device)
                 for name in ("stitched", "vae")
             }
-        clock, images = Clock(), open_images(job.data(metric, "train").unlabelled())
+        clock, images = Clock(), stitcher.pictures(self.reward)
         with clock("search"), CostMeter() as searching:
             found = search(
                 self.backbone, self.reward, images=images, probes=job.scale.probes, seed=job.seed,
                 progress=job.progress,
             )  # fmt: skip
         with clock("stitched"):
-            value = self._stitch(images, models / "stitched", {"searched": found})
+            value = stitcher.stitch(self.backbone, self.reward, models / "stitched", self.work, searched=found)
         with clock("vae"):
-            baseline = self._stitch(images, models / "vae", VAE_STITCHING)
+            baseline = stitcher.stitch(self.backbone, self.reward, models / "vae", self.work, **VAE_STITCHING)
         cost = {"search": searching.report(), "stitched": value.provenance.cost, "vae": baseline.provenance.cost}
-        made = {"settings": settings, "interface": attrs.asdict(value.interface()), "seconds": clock.report(),
-                "cost": cost}  # fmt: skip
-        write_json(note, made)
+        made = stitcher.keep(
+            models, settings, interface=attrs.asdict(value.interface()), seconds=clock.report(), cost=cost
+        )
         return made, {"stitched": value, "vae": baseline}
-
-    def _stitch(self, images: ImageSource, out: Path, where: dict[str, Any]) -> StitchedValue:
-        """Stage 2, cut ``where`` says."""
-        job = self.job
-        prompts = None
-        if job.recipe.generated > 0:
-            each = max(job.scale.samples // job.recipe.seeds_per_prompt, 1)
-            prompts = job.dataset.prompts("train", each, job.seed)
-        return stitch(
-            self.backbone, self.reward, images=images, out=out, work=self.work, recipe=job.recipe, prompts=prompts,
-            count=job.scale.images, samples=job.scale.samples, probes=job.scale.probes, seed=job.seed,
-            progress=job.progress, **where,
-        )  # fmt: skip

@@ -11,16 +11,12 @@ from typing import Any
 from . import plots
 from .files import read_json, write_json, write_text
 from .provenance import versions
+from .worlds import cell_name
 
 MODELS = ("stitched", "vae")
 COLUMNS = (
     "backbone", "reward", "metric", "model", "sigma", "value", "clean", "retention", "chance", "count", "i", "j", "seed"
 )  # fmt: skip
-
-
-def cell_name(backbone: str, reward: str) -> str:
-    """What a cell's file and folder are called."""
-    return f"{backbone}--{reward}"
 
 
 def assemble(

@@ -27,7 +27,6 @@ from .examples import cache_key
 from .files import make_folder, write_json, write_text
 from .finetune import FinetuneSettings
 from .loading import load_backbone, load_dataset_plugin, load_reward
-from .matrix import Scale, World
 from .metrics import metric_of
 from .progress import track
 from .provenance import network_identity, versions, weights_digest
@@ -37,6 +36,8 @@ from .reproduction_tables import Pair, Row, Settings, Table, table_of
 from .reproduction_values import ValueModels, equivalents, misfit, pass_costs
 from .reward import Reward
 from .value import StitchedValue
+from .world_values import WorldStitcher
+from .worlds import Scale, World
 
 
 def reproduce(
@@ -77,7 +78,7 @@ def reproduce(
     scale = scale or Scale()
     learned = attrs.evolve(recipe or named_recipe("quick"), steps=scale.steps, seed=settings.seed)
     dataset = load_dataset_plugin(place.name)()
-    models = ValueModels(given, folder, dataset, scale, learned, settings.seed, progress)
+    models = ValueModels(given, folder, WorldStitcher(dataset, scale, learned, settings.seed, progress))
     judges = {name: load_reward(name) for name in place.rewards}
     job = _Job(folder, place, settings, dataset, judges, models, progress)
     expected = job.expected(chosen)

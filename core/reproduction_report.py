@@ -15,9 +15,9 @@ from .comparison import mean_stderr, paired_gain
 from .costs import KINDS
 from .errors import ArtefactError
 from .files import read_json, write_json, write_text
-from .matrix import World
 from .provenance import versions
 from .reproduction_tables import PLAIN, Row, Table
+from .worlds import World
 
 
 @attrs.frozen

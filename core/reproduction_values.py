@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
@@ -14,21 +11,13 @@ import torch
 from .artefact import CONFIG
 from .backbone import Backbone
 from .errors import ArtefactError
-from .examples import cache_key
-from .files import read_json, write_json
-from .finetune import FinetuneSettings
-from .images import open_images
 from .loading import name_of
-from .matrix import Scale
-from .matrix_report import cell_name
 from .metering import metered
-from .metrics import metric_of
-from .provenance import network_identity
 from .reward import Reward
 from .seeds import stream_seed
-from .skills import SkillData
-from .stitching import stitch
 from .value import StitchedValue
+from .world_values import WorldStitcher
+from .worlds import cell_name
 
 SAME_PICTURE = 0.01
 """How far two decodings of one latent may lie apart, pixels in [0, 1]: one autoencoder in two precisions does not."""
@@ -44,11 +33,7 @@ class ValueModels:
 
     given: Path | None
     folder: Path
-    dataset: Any
-    scale: Scale
-    recipe: FinetuneSettings
-    seed: int
-    progress: bool
+    stitcher: WorldStitcher
     _last: tuple[tuple[str, str], StitchedValue] | None = None
     _lost: dict[tuple[str, str], Exception] = attrs.field(factory=dict)
 
@@ -71,7 +56,7 @@ class ValueModels:
 
     def _load(self, backbone: Backbone, reward: Reward) -> StitchedValue:
         asked = name_of(reward)
-        folder = self._found(name_of(backbone), asked) or self._made(backbone, reward)
+        folder = self._found(name_of(backbone), asked) or self.stitcher.once(backbone, reward, self.folder)
         value = StitchedValue.from_pretrained(folder, backbone=backbone, device=backbone.device)
         if value.names != (asked,):
             raise ArtefactError(f"{str(folder)!r} reads {', '.join(value.names)}; give a value model of {asked} alone.")
@@ -83,35 +68,6 @@ class ValueModels:
         name = cell_name(backbone, reward)
         places = [root / name / inner for root in (self.given, self.given / "models") for inner in ("", "stitched")]
         return next((place for place in places if (place / CONFIG).is_file()), None)
-
-    def _made(self, backbone: Backbone, reward: Reward) -> Path:
-        """Stitched as ``matrix`` does, unless it has been with the same settings and networks."""
-        name = cell_name(name_of(backbone), name_of(reward))
-        place = self.folder / "models" / name
-        made = {
-            "backbone": network_identity(backbone), "reward": network_identity(reward),
-            "scale": attrs.asdict(self.scale),
-            "recipe": attrs.asdict(self.recipe), "seed": self.seed,
-        }  # fmt: skip
-        made = json.loads(json.dumps(made))
-        note = place / "made.json"
-        if (place / "stitched" / CONFIG).is_file() and note.is_file() and read_json(note) == made:
-            return place / "stitched"
-        metric, scale = metric_of(reward), self.scale
-        sets = 2 if metric == "preference" else 1
-        data = SkillData.draw(metric, self.dataset, -(-scale.images // sets), self.seed, "train")
-        prompts = None
-        if self.recipe.generated > 0:
-            prompts = self.dataset.prompts("train", max(scale.samples // self.recipe.seeds_per_prompt, 1), self.seed)
-        work = self.folder / "work" / f"{name}-{cache_key(made)}"
-        stitch(
-            backbone, reward, images=open_images(data.unlabelled()), out=place / "stitched", work=work,
-            recipe=self.recipe, prompts=prompts, count=scale.images, samples=scale.samples, probes=scale.probes,
-            seed=self.seed, progress=self.progress,
-        )  # fmt: skip
-        write_json(note, made)
-        shutil.rmtree(work)
-        return place / "stitched"
 
 
 @torch.no_grad()

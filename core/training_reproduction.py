@@ -21,19 +21,18 @@ from .errors import ConfigError, StitchError
 from .examples import cache_key
 from .files import make_folder, read_json, write_json, write_text
 from .finetune import FinetuneSettings
-from .images import open_images
 from .joint import JointReward
 from .loading import load_backbone, load_dataset_plugin, load_reward
-from .matrix import Scale, World
 from .policy import LoraSettings
 from .provenance import versions
 from .recipes import recipe as named_recipe
-from .stitching import stitch
 from .training import TrainSettings, train
 from .training_plots import comparison_curves
 from .training_state import RECORD
 from .training_tables import TRAINING_TABLES, TrainingRow, TrainingScale
 from .value import StitchedValue
+from .world_values import WorldStitcher
+from .worlds import Scale, World
 
 PROMPTS = 1024
 """How many of the dataset's training prompts are trained on."""
@@ -73,7 +72,8 @@ def reproduce_training(
         raise ConfigError(f"{table} has no row {', '.join(unknown)}; choose from {', '.join(r.name for r in chosen)}.")
     names = list(dict.fromkeys(backbone for backbone, _ in place.chosen(backbones, rewards)))
     learned = attrs.evolve(recipe or named_recipe("quick"), steps=(stitching or Scale()).steps)
-    job = _Job(make_folder(out), place, scale, tuple(rewards or ()), value, stitching or Scale(), learned, progress)
+    stitcher = WorldStitcher(load_dataset_plugin(place.name)(), stitching or Scale(), learned, 0, progress)
+    job = _Job(make_folder(out), place, scale, tuple(rewards or ()), value, stitcher)
     report: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for backbone in names:
@@ -95,9 +95,7 @@ class _Job:
     scale: TrainingScale
     asked: tuple[str, ...]
     given: str | Path | None
-    stitching: Scale
-    recipe: FinetuneSettings
-    progress: bool
+    stitcher: WorldStitcher
     _last: tuple[str, Backbone, StitchedValue | None] | None = None
 
     def attempt(self, backbone: str, row: TrainingRow, seed: int, failed: dict[str, str]) -> None:
@@ -119,7 +117,7 @@ class _Job:
         return self.folder / "trainings" / f"{backbone}--{row.name}--{seed}-{cache_key(shared)[:8]}"
 
     def _train(self, backbone: str, row: TrainingRow, seed: int, place: Path) -> None:
-        scale, dataset = self.scale, load_dataset_plugin(self.world.name)()
+        scale, dataset = self.scale, self.stitcher.dataset
         network = self._load(backbone)
         trained, held_out = self._rewards()
         value = None if row.stop is None else self._value(backbone, trained)
@@ -132,7 +130,7 @@ class _Job:
             row.method, network, value, dataset.prompts("train", PROMPTS, 0), out=place, training=plan,
             seed=seed, steps=scale.steps, reward=trained, held_out_rewards=held_out,
             judges={} if fulfilled is None else {"detector": fulfilled},
-            evaluation_prompts=dataset.prompts("test", scale.evaluation_prompts, 0), progress=self.progress,
+            evaluation_prompts=dataset.prompts("test", scale.evaluation_prompts, 0), progress=self.stitcher.progress,
             **row.method_settings(scale.steps),
         )  # fmt: skip
 
@@ -154,21 +152,14 @@ class _Job:
         assert self._last is not None
         name, network, known = self._last
         if known is None:
-            folder = Path(self.given) if self.given is not None else self._stitched(backbone, network, trained)
+            given = self.given
+            folder = Path(given) if given is not None else self.stitcher.once(network, trained, self.folder)
             known = StitchedValue.from_pretrained(folder, backbone=network, device=network.device)
             if known.names != tuple(trained.rewards):
                 expected = ", ".join(trained.rewards)
                 raise ConfigError(f"{str(folder)!r} reads {', '.join(known.names)}, expected {expected}.")
             self._last = (name, network, known)
         return known
-
-    def _stitched(self, backbone: str, network: Backbone, trained: JointReward) -> Path:
-        place = self.folder / "models" / f"{backbone}--{'+'.join(trained.rewards)}"
-        if not (place / "config.json").is_file():
-            images = load_dataset_plugin(self.world.name)().captioned("train", self.stitching.images, 0).images
-            stitch(network, trained, images=open_images(images), out=place, recipe=self.recipe,
-                   count=self.stitching.images, probes=self.stitching.probes, progress=self.progress)  # fmt: skip
-        return place
 
     def report(
         self, table: str, title: str, backbones: Sequence[str], rows: Sequence[TrainingRow], failed: Mapping[str, str]

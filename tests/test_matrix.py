@@ -14,9 +14,10 @@ import torch
 
 from pipelines import write_pipeline
 from reward_families import aesthetic_architecture, write_aesthetic, write_dinov2
-from stitchvm.core import ConfigError, StitchedValue, cli, matrix, registry
-from stitchvm.core.matrix import Scale, World, run_matrix
+from stitchvm.core import ConfigError, StitchedValue, cli, matrix, registry, world_values
+from stitchvm.core.matrix import run_matrix
 from stitchvm.core.matrix_report import COLUMNS
+from stitchvm.core.worlds import PAIRS, Scale, World
 
 DATASET = """
 import torch
@@ -118,13 +119,13 @@ def run(monkeypatch, capsys):
 def stitches(monkeypatch) -> list[Path]:
     """Where every call of ``stitch`` writes."""
     seen: list[Path] = []
-    real = matrix.stitch
+    real = world_values.stitch
 
     def counted(*args: Any, **settings: Any) -> StitchedValue:
         seen.append(settings["out"])
         return real(*args, **settings)
 
-    monkeypatch.setattr(matrix, "stitch", counted)
+    monkeypatch.setattr(world_values, "stitch", counted)
     return seen
 
 
@@ -177,7 +178,7 @@ def test_the_table_says_what_the_json_says(world, tmp_path):
 def test_evaluate_measures_a_cell_s_model_alike(world, run, tmp_path, reward):
     cell = small(tmp_path, rewards=[reward])["cells"][0]
     models = tmp_path / "models" / f"tiny-sd3--{reward}"
-    count = 6 * (matrix.PAIRS if METRICS[reward] == "preference" else 1)
+    count = 6 * (PAIRS if METRICS[reward] == "preference" else 1)
     code, out, err = run(
         "evaluate", models / "stitched", "--vae", models / "vae", "--data", "toy", "--count", count, "--sigmas",
         "0.25,0.9", "--out", tmp_path / "report", "--json",
@@ -230,7 +231,7 @@ def test_an_interrupted_cell_goes_on(killed_in, world, tmp_path, monkeypatch):
     """Killed before the baseline it begins with that, its examples as they were; killed later, with the metric."""
     from stitchvm.core.skills import SkillData
 
-    real, made = matrix.stitch, []
+    real, made = world_values.stitch, []
 
     def killed(*arguments: Any, **settings: Any) -> Any:
         if killed_in == "measure" or made:
@@ -239,14 +240,14 @@ def test_an_interrupted_cell_goes_on(killed_in, world, tmp_path, monkeypatch):
         return real(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((matrix, "stitch") if killed_in == "stitch" else (SkillData, "measure")), killed)
+        patch.setattr(*((world_values, "stitch") if killed_in == "stitch" else (SkillData, "measure")), killed)
         with pytest.raises(KeyboardInterrupt):
             small(tmp_path, rewards=["tiny-dino"])
     assert not list((tmp_path / "cells").glob("*.json"))
     caches = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     assert any("finetune" in str(path) for path in caches)
     again: list[float] = []
-    monkeypatch.setattr(matrix, "stitch", lambda *a, **k: (again.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(world_values, "stitch", lambda *a, **k: (again.append(1), real(*a, **k))[1])
     monkeypatch.setattr(matrix.shutil, "rmtree", lambda path, ignore_errors: None)
     report = small(tmp_path, rewards=["tiny-dino"])
     assert report["measured"] == 1 and len(again) == (2 if killed_in == "stitch" else 0)
@@ -256,10 +257,10 @@ def test_an_interrupted_cell_goes_on(killed_in, world, tmp_path, monkeypatch):
 
 def test_where_the_metric_alone_changes_the_models_stay(world, tmp_path, stitches):
     first = small(tmp_path, rewards=["tiny-hps"])["cells"][0]
-    assert first["count"] == 6 * matrix.PAIRS and len(stitches) == 2
+    assert first["count"] == 6 * PAIRS and len(stitches) == 2
     models = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
     other = small(tmp_path, rewards=["tiny-hps"], scale=attrs.evolve(SCALE, held_out=4))["cells"][0]
-    assert other["count"] == 4 * matrix.PAIRS and len(stitches) == 2
+    assert other["count"] == 4 * PAIRS and len(stitches) == 2
     assert {path: path.stat().st_mtime_ns for path in models} == models
     assert other["interface"] == first["interface"] and other["cost"]["stitched"] == first["cost"]["stitched"]
     small(tmp_path, rewards=["tiny-hps"], scale=attrs.evolve(SCALE, steps=3))

@@ -32,14 +32,14 @@ from stitchvm.core import (
     load_reward,
     registry,
     reproduction,
-    reproduction_values,
+    world_values,
 )
 from stitchvm.core.images import to_tensor
-from stitchvm.core.matrix import Scale
 from stitchvm.core.reproduction import reproduce
 from stitchvm.core.reproduction_report import columns
 from stitchvm.core.reproduction_tables import TABLES, Pair, Settings, table_of
 from stitchvm.core.reproduction_values import equivalents, misfit, pass_costs
+from stitchvm.core.worlds import Scale
 from test_matrix import toml
 
 DATASET = """
@@ -176,7 +176,7 @@ def aligned(monkeypatch) -> list[str]:
 @pytest.fixture
 def stitched(monkeypatch) -> list[str]:
     """The backbone of every call of ``stitch``."""
-    return _seen(monkeypatch, reproduction_values, "stitch")
+    return _seen(monkeypatch, world_values, "stitch")
 
 
 def _seen(monkeypatch, module, name) -> list[Any]:

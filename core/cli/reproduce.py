@@ -81,8 +81,8 @@ def command(
     Gains are paired with the plain sampler's, prompt by prompt. A finished row is not repeated; tables, and runs with
     different --backbones, may share DIR. Exits with 1 when a row failed.
     """
-    from ..matrix import Scale
     from ..training_tables import TRAINING_TABLES
+    from ..worlds import Scale
 
     scale = Scale(images=images, steps=finetune_steps, probes=probes, samples=samples)
     chosen: dict[str, Any] = {
