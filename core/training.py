@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .alignment import Value, checked_prompts, resolve_method, resolve_value, reward_condition
 from .backbone import Backbone
-from .costs import CostMeter, differentiating
+from .costs import KINDS, CostMeter, differentiating
 from .errors import ConfigError, NonFiniteError
 from .estimators import Tweedie
 from .files import make_folder
@@ -28,8 +30,9 @@ from .loading import load_backbone
 from .policy import LoraSettings, Policy
 from .progress import track
 from .seeds import stream_seed
+from .sharding import is_shared, own_share, process_mesh, whole
 from .training_evaluation import Evaluation, Gallery, Judge
-from .training_problem import Experience, TrainingMethod, TrainProblem, Update
+from .training_problem import Experience, Rows, TrainingMethod, TrainProblem, Update
 from .training_state import TrainingRecord, TrainingState
 
 positive: Any = attrs.validators.gt(0)
@@ -46,7 +49,9 @@ class TrainSettings:
     5e-5, 0, 1; DiffusionNFT as released: 3e-4, 1e-4, 1). ``ema_decay``: of the averaged weights that are evaluated and
     saved, at most ``(1 + k) / (10 + k)`` at update ``k``; 0 takes the last ones. ``lora``: None trains the whole
     network. ``batch``: samples of one network pass; it changes nothing else. ``evaluate_every`` and
-    ``checkpoint_every`` count updates. ``tracker``: any that Accelerate knows (``tensorboard``, ``wandb`` ..; its files
+    ``checkpoint_every`` count updates. ``shard``: share the trained network, its averages, its old policy and the
+    optimiser's moments out over the processes (``lora`` None alone; None: where ``accelerate launch --use_fsdp`` says
+    so); it changes nothing else. ``tracker``: any that Accelerate knows (``tensorboard``, ``wandb`` ..; its files
     go to ``OUT/stitchvm``), None for none.
     """
 
@@ -63,6 +68,7 @@ class TrainSettings:
     mixed_precision: Literal["no", "bf16"] = attrs.field(default="no", validator=attrs.validators.in_(("no", "bf16")))
     evaluate_every: int = attrs.field(default=10, validator=at_least_one)
     checkpoint_every: int = attrs.field(default=10, validator=at_least_one)
+    shard: bool | None = None
     tracker: str | None = "tensorboard"
 
 
@@ -122,7 +128,7 @@ def train(
             f"prompts_per_update is {plan.prompts_per_update}, which {accelerator.num_processes} processes cannot "
             "share equally; give a multiple."
         )
-    policy = Policy.of(network, plan.lora, seed)
+    policy = Policy.of(network, plan.lora, seed, _mesh(plan, accelerator))
     policy.backbone.gradient_checkpointing = plan.gradient_checkpointing
     side = (resolution or network.native_resolution) // network.latent_factor
     problem = TrainProblem(
@@ -151,6 +157,19 @@ def _accelerator(plan: TrainSettings, network: Backbone, out: Path) -> Accelerat
     return found
 
 
+def _mesh(plan: TrainSettings, accelerator: Accelerator) -> DeviceMesh | None:
+    """What the network is shared out over, if it is; :class:`ConfigError` for a single process."""
+    asked = parse_flag_from_env("ACCELERATE_USE_FSDP") if plan.shard is None else plan.shard
+    if not asked:
+        return None
+    if accelerator.num_processes == 1:
+        raise ConfigError(
+            "shard is set, but there is one process; start several with accelerate launch --num_processes N -m "
+            "stitchvm.core.cli align .., or set it to false."
+        )
+    return process_mesh(accelerator.device, accelerator.num_processes)
+
+
 @attrs.define(eq=False)
 class _Run:
     """One call of :func:`train`, checked."""
@@ -175,22 +194,22 @@ class _Run:
         if not record.evaluations:
             self._evaluate(state, record, 0)
         left = range(record.updates, self.plan.updates)
-        for number in track(left, name, len(left), progress):
+        for number in track(left, name, len(left), progress and self.accelerator.is_main_process):
             with CostMeter() as cost:
                 figures = self._update(number, optimiser)
             state.average(number)
-            record.add(figures, Counter(cost.passes), cost.seconds)
+            record.add(figures, self._over_all(cost.passes), cost.seconds)
             self.accelerator.log(figures, step=number + 1)
             last = number + 1 == self.plan.updates
             if last or (number + 1) % self.plan.evaluate_every == 0:
                 self._evaluate(state, record, number + 1)
-            if self.accelerator.is_main_process and (last or (number + 1) % self.plan.checkpoint_every == 0):
-                state.save(record)
+            if last or (number + 1) % self.plan.checkpoint_every == 0:
+                state.save(record, write=self.accelerator.is_main_process)
         for tracker in self.accelerator.trackers:
             tracker.finish()  # not end_training, which would leave the process group unusable for what comes next
         policy.load(state.averages.tensors())
+        policy.save(self.folder, write=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            policy.save(self.folder)
             record.write(self.folder)
         return TrainResult(policy, record)
 
@@ -207,12 +226,12 @@ class _Run:
 
     def _update(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         """Collect, and take the optimiser's steps; the figures to log."""
-        policy, figures = self.problem.policy, {}
+        figures: dict[str, float] = {}
         with self._precision():
             experience = self.method.collect(self.problem, self._drawn(number))
         for _ in range(self.plan.inner_updates):
             figures = self._step(experience, optimiser, number)
-        if not all(bool(parameter.isfinite().all()) for parameter in policy.parameters.values()):
+        if not self._everywhere(all(bool(own_share(p).isfinite().all()) for p in self._parameters())):
             raise NonFiniteError(f"a weight is not finite after update {number}. The last checkpoint is kept.")
         self.method.updated(self.problem, number)
         return experience.figures | figures
@@ -231,22 +250,39 @@ class _Run:
         total = float(self._summed(torch.tensor(float(len(experience)), device=self.problem.device)))
         sums: defaultdict[str, float] = defaultdict(float)
         with differentiating():
-            for rows in experience.batches(self.plan.batch, self.problem.device):
+            for rows, counts in self._in_step(experience):
                 with self._precision():
                     losses, figures = self.method.loss(self.problem, rows)
-                self.accelerator.backward(losses.sum() / total)
+                self.accelerator.backward(losses.sum() * (counts / total))
                 for name, figure in ({"loss": float(losses.detach().mean())} | figures).items():
-                    sums[name] += figure * len(rows) / len(experience)
-        if not math.isfinite(sums["loss"]):
+                    sums[name] += figure * counts * len(rows) / len(experience)
+        if not self._everywhere(math.isfinite(sums["loss"])):
             raise NonFiniteError(
                 f"the loss is {sums['loss']} at update {number}; lower the learning rate. The last checkpoint is kept."
             )
-        parameters = list(self.problem.policy.parameters.values())
+        parameters = self._parameters()
         self._join_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip_norm)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return dict(sums) | {"gradient_norm": float(norm)}
+        return dict(sums) | {"gradient_norm": float(whole(norm))}
+
+    def _in_step(self, experience: Experience) -> Iterator[tuple[Rows, float]]:
+        """The batches, each counting 1. Processes that share a network pass through it together, so one that has fewer
+        of them repeats its last, counting 0."""
+        batches = list(experience.batches(self.plan.batch, self.problem.device))
+        most = len(batches)
+        if self.problem.policy.mesh is not None:
+            most = int(self.accelerator.gather(torch.tensor([most], device=self.problem.device)).max())
+        yield from ((rows, 1.0) for rows in batches)
+        yield from ((batches[-1], 0.0) for _ in range(most - len(batches)))
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.problem.policy.parameters.values())
+
+    def _everywhere(self, fine: bool) -> bool:
+        """Whether all processes are fine: one that stopped alone would leave the others waiting."""
+        return float(self._summed(torch.tensor(float(not fine), device=self.problem.device))) == 0
 
     def _precision(self) -> torch.autocast:
         """Not Accelerate's own: that of a process's first training would hold for all later ones."""
@@ -258,13 +294,19 @@ class _Run:
         found: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return found
 
+    def _over_all(self, passes: Mapping[str, int]) -> Counter[str]:
+        """The passes of all processes."""
+        counts = self._summed(torch.tensor([float(passes.get(kind, 0)) for kind in KINDS], device=self.problem.device))
+        return Counter({kind: int(count) for kind, count in zip(KINDS, counts.tolist(), strict=True)})
+
     def _join_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add up what the processes found: each has divided by the rows of all."""
+        """Add up what the processes found: each has divided by the rows of all. Where the network is sharded, backward
+        has taken their mean already."""
         if self.accelerator.num_processes == 1:
             return
         for parameter in parameters:
             own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            parameter.grad = self._summed(own)
+            parameter.grad = own * self.accelerator.num_processes if is_shared(own) else self._summed(own)
 
 
 def _shuffling(seed: int, epoch: int) -> torch.Generator:

@@ -30,7 +30,8 @@ STATE, RECORD = "state.safetensors", "train.json"
 @attrs.define(eq=False)
 class TrainingRecord:
     """A run so far: ``settings`` are all that decides it; ``history`` has one entry an update, ``evaluations`` one each
-    time the averaged weights were sampled; ``passes`` and ``seconds`` are the updates' alone, over all sessions."""
+    time the averaged weights were sampled; ``passes`` (of all processes) and ``seconds`` are the updates' alone, over
+    all sessions."""
 
     settings: dict[str, Any]
     history: list[dict[str, float]] = attrs.field(factory=list)
@@ -47,7 +48,8 @@ class TrainingRecord:
         from .alignment import estimator_identity, prompts_digest
 
         training = plain(plan)
-        for free in ("updates", "batch", "evaluate_every", "checkpoint_every", "tracker"):  # these change no weight
+        # these change no weight
+        for free in ("updates", "batch", "evaluate_every", "checkpoint_every", "tracker", "shard"):
             training.pop(free)
         settings = {
             "method": name, "method_settings": plain(method), "training": training,
@@ -106,16 +108,16 @@ class TrainingState:
         """Follow the policy after update ``number``, closely at first."""
         self.averages.follow(self.policy, min(self.decay, (1 + number) / (10 + number)))
 
-    def save(self, record: TrainingRecord) -> None:
-        """Write the checkpoint, whole or not at all."""
+    def save(self, record: TrainingRecord, write: bool) -> None:
+        """Write the checkpoint, whole or not at all. All processes call it; one alone has ``write``."""
         parts = {"policy": self.policy.tensors(), "average": self.averages.tensors()}
         if self.old is not None:
             parts["old"] = self.old.tensors()
         tensors = {f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()}
+        tensors |= optimiser_tensors(self.optimiser)
         kept = {field.name: getattr(record, field.name) for field in attrs.fields(type(record))}
-        write_tensors(
-            self.folder / STATE, tensors | optimiser_tensors(self.optimiser), {"record": json.dumps(kept)}
-        )
+        if write:
+            write_tensors(self.folder / STATE, tensors, {"record": json.dumps(kept)})
 
     def restore(self, record: TrainingRecord) -> TrainingRecord:
         """Take the checkpoint of the same run, if there is one, and return its record.

@@ -20,6 +20,8 @@ def train_and_print(
     training: Sequence[str], **settings: Any,
 ) -> None:  # fmt: skip
     """Train on a dataset's training prompts, or on those of a file, and say what became of the rewards."""
+    from accelerate import PartialState
+
     from ..loading import load_dataset_plugin
     from ..prompts import open_prompts
     from ..registries import registry
@@ -36,6 +38,8 @@ def train_and_print(
     record = train(
         method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched, judges=judges, **settings
     ).record
+    if not PartialState().is_main_process:  # one of several says it
+        return
     if as_json:
         print_json({"settings": record.settings, "evaluations": record.evaluations, "cost": record.cost()})
         return

@@ -1,0 +1,120 @@
+"""Training in several processes: what two of them give is what one would have given, sharded or not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+import families
+from stitchvm import core
+from stitchvm.core import LoraSettings
+from stitchvm.core.files import read_tensors
+from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
+from test_training import METHODS, lora_of, run
+from training_worlds import Brightness
+
+SHARDED = DiffusionNft(samples_per_prompt=3, stop=(2, 3))
+"""Sampled from an old policy of its own, which is sharded too."""
+WHOLE: dict[str, Any] = {"lora": None, "learning_rate": 1e-3, "batch": 2}
+
+
+class Lost(Brightness):
+    """No number for the darkest samples, which are dropped: in the second update of the test, by one process alone."""
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        value = super().__call__(*arguments)
+        return value.masked_fill(value < -0.12, torch.nan)
+
+
+BEGINNING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_training_processes as tests
+folder = Path(sys.argv[2])
+"""
+SHARING = BEGINNING + """
+for name, method in tests.METHODS.items():
+    tests.run(method, folder / name, updates=2)
+"""
+SHARDING = BEGINNING + """
+tests.run(tests.SHARDED, folder, updates=2, value=tests.Lost(), shard=True, **tests.WHOLE)
+result = tests.run(tests.SHARDED, folder, updates=4, value=tests.Lost(), shard=True, **tests.WHOLE)
+parameters = result.policy.parameters
+held = sum(parameter.to_local().numel() for parameter in parameters.values())
+whole = sum(parameter.numel() for parameter in parameters.values())
+assert 0.45 * whole < held < 0.55 * whole, (held, whole)
+"""
+
+
+def start_two(script: str, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Two processes of one group (gloo), as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = str(Path(__file__).parent)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    return [
+        subprocess.Popen([sys.executable, "-c", script, here, str(folder)],
+                         env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]  # fmt: skip
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], begin: dict[str, Tensor]) -> None:
+    """Within 2 % of the largest step: sums of gradients differ in their order alone, which Adam's first steps enlarge
+    where one is near 0."""
+    step = max(float((theirs[key] - begin[key]).abs().max()) for key in theirs)
+    assert step > 1e-3
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=0, atol=0.02 * step)
+
+
+def test_two_processes_give_the_single_ones_result(tmp_path):
+    both = start_two(SHARING, tmp_path / "two")
+    for name, method in METHODS.items():
+        run(method, tmp_path / "one" / name, updates=2)
+    assert [process.wait() for process in both] == [0, 0]
+    policy = core.Policy.of(families.mmdit(), LoraSettings(rank=2, alpha=4))
+    begin = {f"transformer.{n.replace('.default', '')}": p for n, p in policy.tensors().items()}
+    for name in METHODS:
+        assert_close(lora_of(tmp_path / "two" / name), lora_of(tmp_path / "one" / name), begin)
+
+
+def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tmp_path):
+    """Each process holds half of the numbers; the checkpoint and what diffusers loads hold all of them. The processes
+    need not have equally many batches."""
+    both = start_two(SHARDING, tmp_path / "two")
+    with pytest.warns(RuntimeWarning, match="2 of 6 samples have no finite value and are dropped"):
+        run(SHARDED, tmp_path / "one", updates=4, value=Lost(), **WHOLE)
+    assert [process.wait() for process in both] == [0, 0]
+    one, two = (read_tensors(tmp_path / which / "state.safetensors") for which in ("one", "two"))
+    begin = {f"{part}.{n}": p for part in ("policy", "average", "old")
+             for n, p in families.mmdit().net.named_parameters()}  # fmt: skip
+    assert {key: tensor.shape for key, tensor in one.items()} == {key: tensor.shape for key, tensor in two.items()}
+    assert_close({key: two[key] for key in begin}, {key: one[key] for key in begin}, begin)
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "two" / "transformer")
+    averages = {key.removeprefix("average."): t for key, t in two.items() if key.startswith("average.")}
+    assert averages.keys() == dict(loaded.named_parameters()).keys()
+    assert all(torch.equal(parameter, averages[name]) for name, parameter in loaded.named_parameters())
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(core.ConfigError, match="shard is set, but there is one process; start several with accelerate"):
+        run(SHARDED, tmp_path, shard=True, **WHOLE)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch --use_fsdp
+    with pytest.raises(core.ConfigError, match="there is one process"):
+        run(SHARDED, tmp_path, **WHOLE)
+    with pytest.raises(core.ConfigError, match="a LoRA is too small to be sharded"):
+        core.Policy.of(families.mmdit(), LoraSettings(), mesh=object())
