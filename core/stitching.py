@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -38,7 +38,9 @@ class StitchSettings:
 
     ``interface`` skips the choice (the map is still fitted): backbone cut ``i`` and a block ``j`` for each reward;
     ``cuts`` and ``blocks`` bound the search; ``count`` real images and ``samples`` generated ones feed stage 2;
-    ``resolution`` in image pixels (default the backbone's own).
+    ``resolution`` in image pixels (default the backbone's own). ``conditioning`` is what the head reads of samples:
+    ``null``, the null prompt alone (the paper), or ``prompt``, the one a latent is being denoised for, so that the
+    value is ``E[r | z_t, prompt]``; None leaves it to the recipe's ``prompted``.
     """
 
     interface: tuple[int, ...] | None = None
@@ -51,6 +53,9 @@ class StitchSettings:
     samples: int = attrs.field(default=4096, validator=attrs.validators.gt(0))
     generation: GenerationSettings = attrs.field(factory=GenerationSettings)
     resolution: int | None = None
+    conditioning: Literal["null", "prompt"] | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.in_(("null", "prompt")))
+    )
     batch: int = attrs.field(default=32, validator=attrs.validators.gt(0))
     seed: int = 0
 
@@ -82,7 +87,7 @@ def stitch(
     ``NonFiniteError``, each saying what to do.
     """
     chosen = _settings(settings)
-    recipe = recipe or FinetuneSettings(seed=chosen.seed)
+    recipe = _conditioned(recipe or FinetuneSettings(seed=chosen.seed), chosen.conditioning)
     folder = make_folder(out) if out is not None else None
     if work is None and folder is None:
         with tempfile.TemporaryDirectory(prefix="stitchvm-") as temporary:
@@ -129,7 +134,21 @@ def _settings(given: dict[str, Any]) -> StitchSettings:
     known = {field.name for field in attrs.fields(StitchSettings)}
     if unknown := sorted(set(given) - known):
         raise ConfigError(f"stitch got unknown settings {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
-    return StitchSettings(**given)
+    try:
+        return StitchSettings(**given)
+    except ValueError as error:
+        raise ConfigError(f"stitch: {error.args[0]}.") from error
+
+
+def _conditioned(recipe: FinetuneSettings, conditioning: str | None) -> FinetuneSettings:
+    """The recipe with what the head reads; :class:`ConfigError` where there is no prompt to read."""
+    if conditioning is None:
+        return recipe
+    if conditioning == "prompt" and recipe.generated == 0:
+        raise ConfigError(
+            "conditioning is 'prompt', but the recipe takes no samples, which alone have one; set generated above 0."
+        )
+    return attrs.evolve(recipe, prompted=float(conditioning == "prompt"))
 
 
 def _fixed(interface: tuple[int, ...] | None, rewards: Mapping[str, Reward]) -> dict[str, Interface] | None:

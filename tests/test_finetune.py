@@ -244,16 +244,6 @@ def test_a_prompted_head_reads_what_the_sample_was_drawn_for(tmp_path: Path) -> 
             assert error < 0.2, (sigma, shift, error)
 
 
-def test_a_prompted_recipe_without_prompts_fails_before_anything_is_drawn(tmp_path: Path) -> None:
-    recipe = FinetuneSettings(generated=1.0, prompted=1.0)
-    with pytest.raises(core.ConfigError, match="pass prompts"):
-        core.stitch(
-            GaussianBackbone(), LinearReward(), images=gaussian_images(16), work=tmp_path, recipe=recipe, cuts=(2,),
-            blocks=(1,), probes=16, progress=False,
-        )  # fmt: skip
-    assert not list(tmp_path.glob("samples-*"))
-
-
 def test_a_recipe_without_kept_states_is_an_error(tmp_path: Path) -> None:
     reward = LinearReward()
     samples = own_samples(tmp_path, reward, 300, states=0)

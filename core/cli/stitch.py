@@ -43,6 +43,9 @@ def command(
         str | None,
         typer.Option(metavar="SRC", help="What they are drawn for: a dataset or a text file (default: no prompt)."),
     ] = None,
+    conditioning: Annotated[
+        str | None, typer.Option(metavar="null|prompt", help=f"What the head reads of samples {_SAME}.")
+    ] = None,
     interface: Annotated[
         str | None, typer.Option(metavar="I,J", help="Cut here, without a search; one J for each reward.")
     ] = None,
@@ -72,6 +75,7 @@ def command(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples, probes=probes,
         generation=GenerationSettings(steps=sampling_steps), criterion=criterion, seed=settings.seed,
+        conditioning=conditioning,
         **_where(interface, vae, cuts, blocks),
     )  # fmt: skip
     warn_skipped(source)

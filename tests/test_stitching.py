@@ -1,0 +1,39 @@
+"""``stitch``: what it makes of its settings before and around stage 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from analytic import GaussianBackbone, LinearReward
+from families import clip, mmdit
+from stitchvm import core
+from stitchvm.core.examples import GenerationSettings
+from stitchvm.core.finetune import FinetuneSettings
+from test_finetune import gaussian_images
+
+
+def test_conditioning_says_what_the_head_reads_whatever_the_recipe() -> None:
+    images, sampled = torch.rand(4, 3, 16, 16), FinetuneSettings(generated=0.5, steps=1, batch_size=2)
+    given: dict[str, Any] = {"images": images, "interface": (1, 1), "samples": 4, "recipe": sampled, "progress": False,
+                             "prompts": ["a", "b"], "generation": GenerationSettings(steps=2)}  # fmt: skip
+    for conditioning, prompted in (("prompt", True), ("null", False), (None, False)):
+        value = core.stitch(mmdit(), clip(), conditioning=conditioning, **given)
+        assert value.prompted is prompted and (value.provenance.recipe["prompted"] > 0) is prompted
+    with pytest.raises(core.ConfigError, match="the recipe takes no samples, which alone have one; set generated"):
+        core.stitch(mmdit(), clip(), conditioning="prompt", **(given | {"recipe": FinetuneSettings()}))
+    with pytest.raises(core.ConfigError, match="'conditioning' must be in"):
+        core.stitch(mmdit(), clip(), conditioning="caption", **given)
+
+
+def test_a_prompted_recipe_without_prompts_fails_before_anything_is_drawn(tmp_path: Path) -> None:
+    recipe = FinetuneSettings(generated=1.0, prompted=1.0)
+    with pytest.raises(core.ConfigError, match="pass prompts"):
+        core.stitch(
+            GaussianBackbone(), LinearReward(), images=gaussian_images(16), work=tmp_path, recipe=recipe, cuts=(2,),
+            blocks=(1,), probes=16, progress=False,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("samples-*"))
