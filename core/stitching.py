@@ -22,7 +22,7 @@ from .finetune import FinetuneSettings, finetune
 from .images import ImageSource, open_images
 from .joint import JointReward, checked_weights, load_rewards
 from .loading import load_backbone, name_of
-from .provenance import model_identity
+from .provenance import network_identity
 from .reward import Reward
 from .searching import JointSearch, SearchResult, search_jointly
 from .slicing import LATENT, Head
@@ -111,7 +111,7 @@ def stitch(
         real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress)
         run = {"interface": {"i": value.head.cut, "j": _one_or_all([cut.j for cut in cuts.values()])},
                "positions": chosen.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
-               "pair": [model_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
+               "pair": [network_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
         checkpoint = work / f"finetune-{cache_key(run)}"
         losses = finetune(
             value, real, recipe, samples=generated, prompts=read, checkpoint=checkpoint, progress=progress
@@ -243,8 +243,8 @@ def training_examples(
 ) -> tuple[Examples | None, Examples | None]:
     """The caches of real and generated examples that the recipe's mix needs, with the targets of all rewards."""
     side = settings.resolution or backbone.native_resolution
-    judges = _one_or_all([model_identity(reward) for reward in rewards.values()])
-    pair = {"backbone": model_identity(backbone), "reward": judges, "resolution": side}
+    judges = _one_or_all([network_identity(reward) for reward in rewards.values()])
+    pair = {"backbone": network_identity(backbone), "reward": judges, "resolution": side}
     real = generated = None
     if recipe.generated < 1:
         key = {**pair, "images": source.fingerprint(), "count": settings.count, "decoded": recipe.decoded}

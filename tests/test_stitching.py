@@ -37,3 +37,16 @@ def test_a_prompted_recipe_without_prompts_fails_before_anything_is_drawn(tmp_pa
             blocks=(1,), probes=16, progress=False,
         )  # fmt: skip
     assert not list(tmp_path.glob("samples-*"))
+
+
+def test_a_retrained_network_of_the_same_name_gets_no_old_examples(tmp_path: Path) -> None:
+    """Its caches are its own: what another network said of the images is not what it is to learn."""
+    given: dict[str, Any] = {"images": torch.rand(4, 3, 16, 16), "interface": (1, 1), "progress": False,
+                             "recipe": FinetuneSettings(steps=1, batch_size=2), "work": tmp_path}  # fmt: skip
+    retrained = clip()
+    with torch.no_grad():
+        for parameter in retrained.net.parameters():
+            parameter.mul_(0.5)
+    for reward in (clip(), clip(), retrained):
+        core.stitch(mmdit(), reward, **given)
+    assert len(list(tmp_path.glob("images-*"))) == len(list(tmp_path.glob("finetune-*"))) == 2
