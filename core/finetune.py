@@ -16,6 +16,7 @@ from typing import Any, Literal
 import attrs
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 
 from .backbone import Backbone
@@ -114,9 +115,12 @@ def finetune(
         raise ConfigError("the recipe reads samples under the prompts they were drawn for; pass prompts.")
     # the null prompt comes first; the number of a row without a prompt is -1
     texts = value.null.to("cpu") if prompts is None else concatenate([value.null.to("cpu"), prompts])
-    accelerator = Accelerator(cpu=value.device.type == "cpu", mixed_precision=settings.mixed_precision)
-    optimiser = _optimiser(value, settings)
-    step_module, optimiser = accelerator.prepare(_Branches(value), optimiser)
+    # Accelerate keeps the precision that a process began with, so this one is set aside for the recipe's own
+    accelerator = Accelerator(
+        cpu=value.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)], mixed_precision=None
+    )
+    precision = _Precision(value.device.type, settings.mixed_precision)
+    optimiser, step_module = _optimiser(value, settings), accelerator.prepare_model(_Branches(value))
     state = _Checkpoint(checkpoint, value, optimiser, settings)
     losses = state.restore()
     value.train()
@@ -127,25 +131,38 @@ def finetune(
         # each process takes its own share of the same global batch
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         batch = {name: tensor[share].to(value.device) for name, tensor in batches(step).items()}
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), precision.autocast():
             read = texts.index(batch.pop(PROMPT).long().cpu() + 1) if settings.prompted else None
             features = value.features(batch.pop("noisy"), batch.pop("sigma"), read)
-        with accelerator.autocast():
+        with precision.autocast():
             loss = step_module(features, batch, settings)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(step_module.parameters(), settings.clip_norm)
+        precision.scaler.scale(loss).backward()
+        precision.scaler.unscale_(optimiser)
+        torch.nn.utils.clip_grad_norm_(step_module.parameters(), settings.clip_norm)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise NonFiniteError(
                 f"the loss is {losses[-1]} at step {step}; lower the learning rate. The last checkpoint is kept."
             )
-        optimiser.step()
+        precision.scaler.step(optimiser)
+        precision.scaler.update()
         optimiser.zero_grad(set_to_none=True)
         due = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
         if due and accelerator.is_main_process:
             state.save(losses)
     value.eval()
     return losses
+
+
+class _Precision:
+    """Of one finetune: autocast to its type, and the scaling of losses that fp16 needs."""
+
+    def __init__(self, device: str, name: str) -> None:
+        self.device, self.low = device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+        self.scaler = torch.amp.GradScaler(device, enabled=name == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=self.low, enabled=self.low is not None)
 
 
 class _Branches(nn.Module):

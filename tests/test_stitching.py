@@ -50,3 +50,15 @@ def test_a_retrained_network_of_the_same_name_gets_no_old_examples(tmp_path: Pat
     for reward in (clip(), clip(), retrained):
         core.stitch(mmdit(), reward, **given)
     assert len(list(tmp_path.glob("images-*"))) == len(list(tmp_path.glob("finetune-*"))) == 2
+
+
+def test_each_finetune_has_its_own_precision_in_one_process() -> None:
+    given: dict[str, Any] = {"images": torch.rand(4, 3, 16, 16), "interface": (1, 1), "progress": False}
+    losses = {}
+    for precision in ("bf16", "no", "fp16", "again"):
+        low: Any = {"mixed_precision": "no" if precision == "again" else precision}
+        recipe = FinetuneSettings(steps=3, batch_size=2, learning_rate=1e-3, **low)
+        losses[precision] = core.stitch(mmdit(), clip(), recipe=recipe, **given).provenance.metrics["final_loss"]
+    assert losses["no"] == losses["again"] and len(set(losses.values())) == 3
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
+    assert losses["fp16"] == pytest.approx(losses["no"], rel=0.05)
