@@ -34,11 +34,12 @@ BUILT_IN = {
     )
 }
 NAMES = [name for names in BUILT_IN.values() for name in names]
+TRAINERS = ("diffusion-dpo", "diffusion-nft", "draft", "flow-grpo")
 NOT_APPLICABLE = {
     "sample": {"asks-for-a-value", "follows-the-value", "value-not-finite", "any-number-of-particles"},
     "best-of-n": {"asks-for-a-value", "follows-the-value", "value-not-finite"},
     **{name: set() for name in ("das", "dps", "dsearch", "fk-steering", "rbf", "svdd")},
-    **{name: set() for name in ("diffusion-nft", "draft", "flow-grpo")},
+    **{name: set() for name in TRAINERS},
     **{name: set() for name in BUILT_IN["backbone"]},
     **{
         name: {"prompts": {"no-text"}, "images": {"text"}, "nothing": {"text", "reads-condition"}}[
@@ -66,7 +67,7 @@ def test_everything_built_in_is_checked():
     assert len(BUILT_IN["backbone"]) >= 7
     assert len(BUILT_IN["reward"]) >= 8
     kinds = {name: subject_of(name).kind for name in BUILT_IN["aligner"]}
-    assert {name for name, kind in kinds.items() if kind == "trainer"} == {"diffusion-nft", "draft", "flow-grpo"}
+    assert {name for name, kind in kinds.items() if kind == "trainer"} == set(TRAINERS)
     assert set(NAMES) == set(NOT_APPLICABLE)
 
 

@@ -18,6 +18,7 @@ from stitchvm.core import LoraSettings, Prediction, Prompted, TrainSettings
 from stitchvm.core.files import read_tensors
 from stitchvm.core.training_evaluation import _fallen
 from stitchvm.plugins.aligners.best_of_n import BestOfN
+from stitchvm.plugins.aligners.diffusion_dpo import DiffusionDpo
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
 from stitchvm.plugins.aligners.draft import Draft
 from stitchvm.plugins.aligners.flow_grpo import FlowGrpo
@@ -25,6 +26,7 @@ from training_worlds import Brightness
 
 METHODS = {
     "draft": Draft(), "nft": DiffusionNft(samples_per_prompt=2, stop=(2, 3)), "grpo": FlowGrpo(samples_per_prompt=2),
+    "dpo": DiffusionDpo(samples_per_prompt=2, stop=(2, 3)),
 }  # fmt: skip
 PROMPTS = ["a red ball", "a blue box", "a green cone"]
 

@@ -78,6 +78,13 @@ def stitchvm_aligners() -> Iterable[AlignerRecord]:
         description="DiffusionNFT: the forward process pulled towards good samples and pushed away from bad ones.",
     )
     yield AlignerRecord(
+        name="diffusion-dpo",
+        load="stitchvm.plugins.aligners.diffusion_dpo:DiffusionDpo",
+        spec_version=1,
+        trains=True,
+        description="Online Diffusion-DPO: of a prompt's own samples the value prefers one to another.",
+    )
+    yield AlignerRecord(
         name="flow-grpo",
         load="stitchvm.plugins.aligners.flow_grpo:FlowGrpo",
         spec_version=1,

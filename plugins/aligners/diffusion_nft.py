@@ -21,9 +21,10 @@ from stitchvm.core import (
     StopWindow,
     TrainProblem,
     Update,
-    spread,
     spread_seed,
 )
+
+from .anchors import levels_above, noised_again, velocity_errors
 
 positive: Any = attrs.validators.gt(0)
 non_negative: Any = attrs.validators.ge(0)
@@ -78,7 +79,7 @@ class DiffusionNft:
         advantages = problem.advantages(values, self.samples_per_prompt, group_std=self.group_std)
         clip = self.advantage_clip
         optimality = advantages.clamp(-clip, clip) / clip / 2 + 0.5
-        levels = self._levels(problem, update, stop)
+        levels = levels_above(problem, update, self.samples_per_prompt, stop, self.levels)
         count = levels.shape[1]
         samples = {"anchor": anchors.cpu(), "optimality": optimality.cpu(),
                    "tau": problem.sigmas[stop].expand(len(owners)).cpu()}  # fmt: skip
@@ -87,22 +88,11 @@ class DiffusionNft:
         found = Experience(samples, owners, rows, {"stop": float(stop), "value": float(values.nanmean())})
         return found.kept(optimality.isfinite().cpu()[rows["sample"]])
 
-    def _levels(self, problem: TrainProblem, update: Update, stop: int) -> Tensor:
-        """``[S, levels]``: noise levels of the sampler above the stop, all of them or some of each sample's own."""
-        levels = problem.sigmas[:stop].cpu()
-        seeds = problem.seeds(update, self.samples_per_prompt, 2)
-        if self.levels is None or self.levels >= stop:
-            return levels.expand(len(seeds), -1)
-        chosen = [torch.randperm(stop, generator=torch.Generator().manual_seed(int(seed)))[: self.levels]
-                  for seed in seeds]  # fmt: skip
-        return levels[torch.stack(chosen)]
-
     def loss(self, problem: TrainProblem, rows: Rows) -> tuple[Tensor, dict[str, float]]:
         """The regression to the anchor in both mixtures, and the distance from the frozen backbone, a row."""
         assert problem.old is not None
         sigma, tau, anchor = rows["sigma"], rows["tau"], rows["anchor"]
-        weight, std = problem.reference.path.transfer(tau, sigma)
-        latents = spread(weight, anchor) * anchor + spread(std, anchor) * problem.noise(rows["seed"])
+        latents = noised_again(problem, anchor, tau, sigma, rows["seed"])
         ours = problem.context(rows.owners).denoiser(latents, sigma)
         with torch.no_grad():
             old = problem.context(rows.owners, problem.old.backbone).denoiser(latents, sigma)
@@ -133,11 +123,7 @@ def nft_loss(
     good = beta * expected + (1 - beta) * before - anchor
     bad = (1 + beta) * before - beta * expected - anchor
     if settings.regression == "velocity":
-        # An anchor is linear in the velocity: this is its factor.
-        path, sigma = ours.path, ours.sigma
-        low, high = path.alpha(tau), path.alpha(sigma)
-        factor = low * sigma - high.square() / low * tau.square() / sigma
-        errors = [(one.square().flatten(1).mean(1) / factor.square()) for one in (good, bad)]
+        errors = [velocity_errors(ours, one, tau) for one in (good, bad)]
     else:
         errors = [_self_normalised(one) for one in (good, bad)]
     mixed = optimality * errors[0] + (1 - optimality) * errors[1]
