@@ -10,11 +10,13 @@ import csv
 import io
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from .artefact import CONFIG
 from .backbone import Backbone
 from .comparison import mean_stderr
 from .errors import ConfigError, StitchError
@@ -86,7 +88,7 @@ def reproduce_training(
     return report
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, slots=False)
 class _Job:
     """What the trainings share; the last backbone and its value model stay loaded."""
 
@@ -114,7 +116,16 @@ class _Job:
                   "training": row.training, "rewards": self.asked}  # fmt: skip
         for free in ("seeds", "updates", "batch"):
             shared.pop(free)
+        if row.stop is not None:
+            shared["value"] = self._value_facts
         return self.folder / "trainings" / f"{backbone}--{row.name}--{seed}-{cache_key(shared)[:8]}"
+
+    @cached_property
+    def _value_facts(self) -> dict[str, Any]:
+        """What tells the value model of stopped rows from another: how it was or will be made."""
+        if self.given is not None:
+            return dict(read_json(Path(self.given).expanduser() / CONFIG))
+        return {"scale": attrs.asdict(self.stitcher.scale), "recipe": attrs.asdict(self.stitcher.recipe)}
 
     def _train(self, backbone: str, row: TrainingRow, seed: int, place: Path) -> None:
         scale, dataset = self.scale, self.stitcher.dataset

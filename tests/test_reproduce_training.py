@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 
+import attrs
 import pytest
 
 from stitchvm.core import ConfigError
@@ -38,6 +39,10 @@ def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  
     )
     assert [path.stat().st_mtime_ns for path in records] == before  # fig4 draws the same trainings
     assert again["rows"] == report["rows"]
+    reproduce_training(  # by another value, stopped trainings are others
+        "table3", "toy", tmp_path, rows=rows, scale=TINY, stitching=attrs.evolve(STITCHING, steps=3), progress=False
+    )
+    assert len(list((tmp_path / "trainings").glob("*/train.json"))) == len(records) + len(TINY.seeds)
 
 
 def test_the_command_says_what_became_of_the_rewards(world, run, tmp_path):  # noqa: F811
