@@ -92,7 +92,8 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Value:
-    """Read an artefact; ``backbone`` (an object or a name) replaces the recorded one.
+    """Read an artefact; ``backbone`` (an object or a name) replaces the recorded one, and ``dtype`` the precision of
+    whatever is read here: a backbone given as an object keeps its own.
 
     Raises ``ArtefactError`` for a missing, truncated or foreign artefact, or when the backbone's head is not the one
     it was stitched to: then ``allow_other_backbone`` accepts any with the same number of latent channels.
@@ -121,6 +122,8 @@ def load(
         value.branches.load_state_dict(own)
     except RuntimeError as error:
         raise ArtefactError(f"{str(folder)!r}: the weights do not fit the recorded rewards ({error}).") from error
+    if dtype is not None:
+        value.branches.to(dtype)
     return value.to(device).eval().requires_grad_(False)
 
 

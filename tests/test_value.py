@@ -134,6 +134,14 @@ def saved(stitched: core.StitchedValue, tmp_path: Path, monkeypatch: pytest.Monk
     return tmp_path / "value"
 
 
+def test_a_value_model_is_read_in_the_precision_asked_for(saved: Path, latents: Tensor) -> None:
+    exact, rough = (core.StitchedValue.from_pretrained(saved, dtype=one) for one in (None, torch.bfloat16))
+    assert {tensor.dtype for tensor in rough.branches.state_dict().values()} == {torch.bfloat16}
+    values = [model(latents, 0.4, ["a red circle"]) for model in (exact, rough)]
+    torch.testing.assert_close(values[1].float(), values[0], rtol=0, atol=0.02)
+    assert not torch.equal(values[1].float(), values[0])
+
+
 def test_only_a_prompted_head_reads_a_prompt(stitched: core.StitchedValue, saved: Path, latents: Tensor) -> None:
     backbone, _ = twins()
     prompt, asked = backbone.encode_prompts(["a red circle"]), ["a blue star"]
