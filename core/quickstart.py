@@ -45,18 +45,20 @@ class Scale:
     probes: int
     steps: int
     held_out: int = 1000
-    prompts: int = 48
+    prompts: int = 56
     ranked_prompts: int = 16
     ranked_seeds: int = 8
     particles: int = 4
     sampling_steps: int = 28
 
 
-NORMAL = Scale(images=4096, probes=200, steps=250, ranked_prompts=12, sampling_steps=20)
+NORMAL = Scale(images=4096, probes=200, steps=230, ranked_prompts=12, sampling_steps=20)
 FAST = Scale(images=512, probes=48, steps=30, prompts=8, ranked_prompts=3, ranked_seeds=4, sampling_steps=12)
 
-FK_STITCHED = {"proposals": 2, "strength": 60.0, "window": (0.5, 0.75), "proposal_window": (0.45, 0.5)}
-FK_TWEEDIE = {"strength": 60.0}
+FK_STITCHED = {
+    "proposals": 2, "strength": 60.0, "ess_threshold": 0.5, "window": (0.5, 0.75), "proposal_window": (0.45, 0.5)
+}  # fmt: skip
+FK_TWEEDIE = {"strength": 60.0, "ess_threshold": 0.5}
 
 
 def quickstart(

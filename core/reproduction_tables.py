@@ -23,8 +23,10 @@ NORMALISERS = ("raw", "norm", "rms-ratio", "epsilon", "unit-rms")
 _KERNEL = ("kernel", "diffusion", "scale", "eta", "noise_level", "interpolant")
 """What the plain sampler by another kernel shares with the methods that use it."""
 
-# Strengths are in inverse units of the reward: cosines of one prompt's seeds differ by about 0.01, ratings by 0.3.
-_PER_COSINE, _PER_RATING = (10.0, 30.0, 100.0, 300.0), (0.3, 1.0, 3.0, 10.0)
+# Strengths are in inverse units of the reward: cosines of one prompt's seeds differ by about 0.01, ratings by 0.3. A
+# stitched value's gradient is the smaller one: the paper, too, sweeps it higher.
+_PER_COSINE = (10.0, 30.0, 100.0, 300.0)
+_PER_RATING = {"tweedie": (0.3, 1.0, 3.0, 10.0), "stitched": (3.0, 10.0, 20.0, 30.0)}
 _PER_UNIT = {"unit-rms": (0.1, 0.3, 1.0, 3.0), "norm": (3.0, 10.0, 30.0, 100.0), "rms-ratio": (0.3, 1.0, 3.0, 10.0)}
 _TILT = {"rank": 2.0}
 
@@ -106,7 +108,7 @@ class Settings:
     def sweep(self, value: str, metric: MetricKind) -> tuple[float, ...]:
         """The strengths of gradient guidance by the estimator ``value``."""
         given = self.strengths_tweedie if value == "tweedie" else self.strengths_stitched
-        usual = _PER_RATING if metric == "rank" else _PER_COSINE
+        usual = _PER_RATING[value] if metric == "rank" else _PER_COSINE
         return given or _PER_UNIT.get(self.normaliser, usual)
 
     def kernel(self) -> dict[str, Any]:
