@@ -52,7 +52,7 @@ class Scale:
     sampling_steps: int = 28
 
 
-NORMAL = Scale(images=4096, probes=200, steps=230, ranked_prompts=12, sampling_steps=20)
+NORMAL = Scale(images=4096, probes=200, steps=230, ranked_prompts=10, sampling_steps=20)
 FAST = Scale(images=512, probes=48, steps=30, prompts=8, ranked_prompts=3, ranked_seeds=4, sampling_steps=12)
 
 FK_STITCHED = {
