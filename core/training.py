@@ -270,12 +270,13 @@ class _Run:
     def _in_step(self, experience: Experience) -> Iterator[tuple[Rows, float]]:
         """The batches, each counting 1. Processes that share a network pass through it together, so one that has fewer
         of them repeats its last, counting 0."""
-        batches = list(experience.batches(self.plan.batch, self.problem.device))
-        most = len(batches)
+        own = most = -(-len(experience) // self.plan.batch)
         if self.problem.policy.mesh is not None:
-            most = int(self.accelerator.gather(torch.tensor([most], device=self.problem.device)).max())
-        yield from ((rows, 1.0) for rows in batches)
-        yield from ((batches[-1], 0.0) for _ in range(most - len(batches)))
+            most = int(self.accelerator.gather(torch.tensor([own], device=self.problem.device)).max())
+        for rows in experience.batches(self.plan.batch, self.problem.device):
+            yield rows, 1.0
+        for _ in range(most - own):
+            yield rows, 0.0
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return list(self.problem.policy.parameters.values())

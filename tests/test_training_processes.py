@@ -108,6 +108,10 @@ def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tm
     averages = {key.removeprefix("average."): t for key, t in two.items() if key.startswith("average.")}
     assert averages.keys() == dict(loaded.named_parameters()).keys()
     assert all(torch.equal(parameter, averages[name]) for name, parameter in loaded.named_parameters())
+    for which in ("one", "two"):  # a whole network goes on where a sharded one was
+        run(SHARDED, tmp_path / which, updates=5, value=Lost(), **WHOLE)
+    one, two = (read_tensors(tmp_path / which / "state.safetensors") for which in ("one", "two"))
+    assert_close({key: two[key] for key in begin}, {key: one[key] for key in begin}, begin)
 
 
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):

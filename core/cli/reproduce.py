@@ -15,7 +15,7 @@ from .training import train_and_compare
 
 _OF_SAMPLING = (
     "prompts", "steps", "guidance_scale", "seed", "batch", "particles", "proposals", "strength", "strengths_tweedie",
-    "strengths_stitched", "normaliser", "samples",
+    "strengths_stitched", "normaliser",
 )  # fmt: skip
 _OF_REWARD = "(default: by the reward's scale)"
 
