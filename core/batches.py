@@ -129,7 +129,7 @@ def join_sources(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {
         name: torch.cat(
             [
-                part.get(name, like.new_full((size, *like.shape[1:]), torch.nan))
+                part[name] if name in part else like.new_full((size, *like.shape[1:]), torch.nan)
                 for part, size in zip(parts, sizes, strict=True)
             ]
         )

@@ -11,24 +11,23 @@ from torch import Tensor
 from .sharding import shared_like, whole
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's moments and step counts, by ``optimiser.PARAMETER.NAME``."""
+def optimiser_tensors(optimiser: torch.optim.Optimizer, prefix: str = "optimiser") -> dict[str, Tensor]:
+    """The optimiser's moments and step counts, by ``PREFIX.PARAMETER.NAME``."""
     tensors: dict[str, Tensor] = {}
     for index, entry in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{key}": whole(torch.as_tensor(t)) for key, t in entry.items()}
+        tensors |= {f"{prefix}.{index}.{key}": whole(torch.as_tensor(t)) for key, t in entry.items()}
     return tensors
 
 
-def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str = "optimiser") -> None:
     """Take what :func:`optimiser_tensors` gave; other names are left alone."""
     state: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, key = name.split(".", 2)
-            owner = parameters[int(index)]
-            moment = tensor.shape == owner.shape
-            state.setdefault(int(index), {})[key] = shared_like(tensor, owner) if moment else tensor
+    for name, tensor in under(prefix, tensors).items():
+        index, key = name.split(".", 1)
+        owner = parameters[int(index)]
+        moment = tensor.shape == owner.shape
+        state.setdefault(int(index), {})[key] = shared_like(tensor, owner) if moment else tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 

@@ -60,6 +60,9 @@ CONDITION = "condition."
 PROMPT = "prompt"
 """The column that tells which examples were drawn for one prompt: its number in the list of prompts."""
 
+IMAGES = "images"
+"""The column of the judged images themselves, ``[3, H, W]`` an example, uint8, where hidden states are compared."""
+
 STATES, STATE_SIGMAS = "states", "state_sigmas"
 """The columns of the sampler's own states, ``[S, C, h, w]`` an example, and of their noise levels, ``[S]``."""
 
@@ -89,7 +92,8 @@ class Examples:
                     whole = file.get_slice(name)
                     columns.setdefault(name, []).extend(whole[row : row + 1] for row in within)
         back = torch.argsort(torch.tensor(order))
-        return {name: torch.cat(parts).float()[back] for name, parts in columns.items()}
+        joined = {name: torch.cat(parts)[back] for name, parts in columns.items()}
+        return {name: t.float() if t.is_floating_point() else t for name, t in joined.items()}
 
     def column(self, name: str) -> Tensor | None:
         """One tensor of every example, stacked, in float32; None where this cache has no such column."""
@@ -190,8 +194,9 @@ def build_examples(
     *,
     label: str,
     progress: bool = True,
+    keep_images: bool = False,
 ) -> Examples:
-    """Fill a cache folder, or go on filling it, or just open it.
+    """Fill a cache folder, or go on filling it, or just open it. ``keep_images`` keeps what the rewards were shown.
 
     ``settings`` is everything the content depends on; a folder made with other settings is refused with
     ``ArtefactError``. A source that runs out before ``count`` gives fewer examples; an empty one raises ``DataError``.
@@ -205,7 +210,7 @@ def build_examples(
         return Examples(folder, read_json(folder / "done.json")["count"])
     total = done * SHARD
     bar_total = None if count is None else -(-(count - total) // SHARD)
-    for shard in track(_shards(latents(total), rewards), label, bar_total, progress):
+    for shard in track(_shards(latents(total), rewards, keep_images), label, bar_total, progress):
         write_tensors(_shard(folder, done), shard)
         done += 1
         total += len(shard["latents"])
@@ -229,11 +234,15 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _shards(batches: Iterator[CleanBatch], rewards: Mapping[str, Reward]) -> Iterator[dict[str, Tensor]]:
+def _shards(
+    batches: Iterator[CleanBatch], rewards: Mapping[str, Reward], keep_images: bool
+) -> Iterator[dict[str, Tensor]]:
     """Batches with the rewards' targets, regrouped into shards of ``SHARD``."""
     waiting: dict[str, Tensor] = {}
     for batch in batches:
         fresh = {"latents": batch.latents.float()}
+        if keep_images:
+            fresh[IMAGES] = (batch.images.clamp(0, 1) * 255).round().byte()
         if batch.numbers is not None:
             fresh[PROMPT] = batch.numbers.float()
         if batch.states is not None:

@@ -16,20 +16,26 @@ from typing import Any, Literal
 import attrs
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from .backbone import Backbone
 from .batches import GROUP, Batches
-from .checkpoints import load_optimiser, optimiser_tensors, under
+from .checkpoints import under
 from .conditions import Condition, concatenate
+from .costs import count
 from .errors import ArtefactError, ConfigError, NonFiniteError
-from .examples import PROMPT, Examples
+from .examples import IMAGES, PROMPT, Examples
 from .files import read_metadata, read_tensors, write_tensors
-from .objectives import distillation_loss, predicted_score, ranking_loss
+from .levels import LevelBalance, unweighted
+from .objectives import distillation_loss, hidden_loss, predicted_score, ranking_loss
+from .optimisers import Optimisers
 from .progress import track
 from .reward import Reward
 from .value import Branch, StitchedValue
+
+_HIDDEN, _BIN = "hidden.", "bin"
+"""Columns of a batch: a reward's clean tokens after each block (``REWARD/hidden.NUMBER``); a noise level's bin."""
 
 positive: Any = attrs.validators.gt(0)
 share: Any = [attrs.validators.ge(0), attrs.validators.le(1)]
@@ -41,7 +47,11 @@ class FinetuneSettings:
     epochs), ``clip_norm`` and the exact noise distribution, which it does not give.
 
     ``score_weight`` counts where examples have a score: rewards that need no condition, and samples drawn for a prompt.
-    ``layer_multiplier`` scales the stitching layer's learning rate; ``schedule`` is what follows the warm-up;
+    ``optimiser`` ``muon`` takes torch's Muon (from 2.9 on) for the tail's weight matrices and AdamW for the rest;
+    ``matrix_multiplier`` scales their learning rate, ``layer_multiplier`` the stitching layer's. ``hidden_weight``
+    counts the error of the tokens after each of the tail's blocks (:func:`hidden_loss`; a pass of the clean reward more
+    a step; 0 in the paper). ``balance_levels`` weighs each noise level by the inverse of its own error
+    (:class:`LevelBalance`, not in the paper). ``schedule`` is what follows the warm-up;
     ``noise`` the distribution of sigma on [0, 1] (``logit-normal`` is centre-biased); ``decoded`` the share of real
     images whose reward is read off their latent's decoding, as a sample's is (0, as they are, in the paper);
     ``generated`` the share of each batch drawn from the backbone's own samples; ``on_policy`` the share of those that
@@ -51,10 +61,14 @@ class FinetuneSettings:
     for (0, the null prompt, in the paper); ``checkpoint_every`` counts steps.
     """
 
+    optimiser: Literal["adamw", "muon"] = attrs.field(
+        default="adamw", validator=attrs.validators.in_(("adamw", "muon"))
+    )
     steps: int = attrs.field(default=2000, validator=positive)
     batch_size: int = attrs.field(default=128, validator=positive)
     learning_rate: float = attrs.field(default=1e-5, validator=positive)
     layer_multiplier: float = attrs.field(default=5.0, validator=positive)
+    matrix_multiplier: float = attrs.field(default=1.0, validator=positive)
     weight_decay: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
     warmup_steps: int = attrs.field(default=100, validator=attrs.validators.ge(0))
     schedule: Literal["constant", "cosine"] = attrs.field(
@@ -65,10 +79,12 @@ class FinetuneSettings:
     )
     embedding_weight: float = attrs.field(default=1.0, validator=attrs.validators.ge(0))
     token_weight: float = attrs.field(default=1.0, validator=attrs.validators.ge(0))
+    hidden_weight: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
     score_weight: float = attrs.field(default=1.0, validator=attrs.validators.ge(0))
     score_loss: Literal["squared", "smooth-l1"] = attrs.field(
         default="squared", validator=attrs.validators.in_(("squared", "smooth-l1"))
     )
+    balance_levels: bool = False
     clip_norm: float = attrs.field(default=1.0, validator=positive)
     decoded: float = attrs.field(default=0.0, validator=share)
     generated: float = attrs.field(default=0.0, validator=share)
@@ -117,41 +133,66 @@ def finetune(
     texts = value.null.to("cpu") if prompts is None else concatenate([value.null.to("cpu"), prompts])
     # Accelerate keeps the precision that a process began with, so this one is set aside for the recipe's own
     accelerator = Accelerator(
-        cpu=value.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)], mixed_precision=None
+        cpu=value.device.type == "cpu",
+        # a tail keeps its tower's positions, which only some recipes read
+        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
+        mixed_precision=None,
     )
     precision = _Precision(value.device.type, settings.mixed_precision)
-    optimiser, step_module = _optimiser(value, settings), accelerator.prepare_model(_Branches(value))
-    state = _Checkpoint(checkpoint, value, optimiser, settings)
+    optimisers, step_module = Optimisers.of(value, settings), accelerator.prepare_model(_Branches(value))
+    balance = _balance(value) if settings.balance_levels else None
+    state = _Checkpoint(checkpoint, value, optimisers, balance, settings)
     losses = state.restore()
     value.train()
     value.head.eval()
     for step in track(range(len(losses), settings.steps), "finetune", settings.steps - len(losses), progress):
-        for group in optimiser.param_groups:
-            group["lr"] = group["base"] * _schedule(step, settings)
+        optimisers.scale_rates(_schedule(step, settings))
         # each process takes its own share of the same global batch
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         batch = {name: tensor[share].to(value.device) for name, tensor in batches(step).items()}
         with torch.no_grad(), precision.autocast():
+            if balance is not None:
+                batch[_BIN] = balance.bins(batch["sigma"], batch[PROMPT] >= 0)
             read = texts.index(batch.pop(PROMPT).long().cpu() + 1) if settings.prompted else None
             features = value.features(batch.pop("noisy"), batch.pop("sigma"), read)
+            batch |= _clean_states(value, batch.pop(IMAGES, None)) if settings.hidden_weight else {}
         with precision.autocast():
-            loss = step_module(features, batch, settings)
+            loss = step_module(features, batch, settings, balance)
         precision.scaler.scale(loss).backward()
-        precision.scaler.unscale_(optimiser)
+        optimisers.unscale(precision.scaler)
         torch.nn.utils.clip_grad_norm_(step_module.parameters(), settings.clip_norm)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise NonFiniteError(
                 f"the loss is {losses[-1]} at step {step}; lower the learning rate. The last checkpoint is kept."
             )
-        precision.scaler.step(optimiser)
-        precision.scaler.update()
-        optimiser.zero_grad(set_to_none=True)
+        optimisers.step(precision.scaler)
+        if balance is not None:
+            balance.update(accelerator)
         due = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
         if due and accelerator.is_main_process:
             state.save(losses)
     value.eval()
     return losses
+
+
+def _clean_states(value: StitchedValue, images: Tensor | None) -> dict[str, Tensor]:
+    """The tokens ``[B, N, C]`` of judged images ``[B, 3, H, W]`` after each block that a tail runs, as
+    ``REWARD/hidden.NUMBER``."""
+    if images is None:
+        raise ConfigError("the recipe's hidden_weight compares with the images themselves, but the cache kept none.")
+    found: dict[str, Tensor] = {}
+    count("reward", len(images) * len(value.names))
+    for name in value.names:
+        reward, cut = value.reward(name), value.interface(name).j - 1
+        state = reward.head(reward.preprocess(images.float() / 255), None, cut)
+        found |= {f"{name}/{_HIDDEN}{n}": t.float() for n, t in enumerate(reward.hidden_states(state, cut)[1])}
+    return found
+
+
+def _balance(value: StitchedValue) -> LevelBalance:
+    terms = [f"{name}/{term}" for name in value.names for term in ("embedding", "tokens", "hidden")]
+    return LevelBalance.of(terms, value.device)
 
 
 class _Precision:
@@ -173,29 +214,27 @@ class _Branches(nn.Module):
         self.names = value.names
         self.branches = value.branches
 
-    def forward(self, features: Tensor, targets: Mapping[str, Tensor], settings: FinetuneSettings) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        targets: Mapping[str, Tensor],
+        settings: FinetuneSettings,
+        balance: LevelBalance | None = None,
+    ) -> Tensor:
         losses = []
         for name, branch in zip(self.names, self.branches, strict=True):
             own = {key.removeprefix(f"{name}/"): t for key, t in targets.items() if key.startswith(f"{name}/")}
             assert isinstance(branch, Branch) and isinstance(branch.tail.part, Reward)
-            output = branch(features)
+            output, hidden = branch(features, return_hidden=True) if settings.hidden_weight else (branch(features), [])
+            weigh = unweighted if balance is None else balance.weigher(name, targets[_BIN])
+            if hidden:
+                clean = [own[f"{_HIDDEN}{n}"] for n in range(len(hidden))]
+                losses.append(settings.hidden_weight * hidden_loss(hidden, clean, weigh))
             score = predicted_score(branch.tail.part, output, own)
-            losses.append(distillation_loss(output, own, settings, score))
+            losses.append(distillation_loss(output, own, settings, score, weigh))
             if settings.rank_weight and score is not None and GROUP in targets:
                 losses.append(settings.rank_weight * ranking_loss(score, own["score"], targets[GROUP]))
         return torch.stack(losses).sum()
-
-
-def _optimiser(value: StitchedValue, settings: FinetuneSettings) -> torch.optim.Optimizer:
-    branches = [branch for branch in value.branches if isinstance(branch, Branch)]
-    layers = [p for branch in branches for p in branch.layer.parameters()]
-    tails = [p for branch in branches for p in branch.tail.parameters() if p.requires_grad]
-    groups = [
-        {"params": layers, "base": settings.learning_rate * settings.layer_multiplier},
-        {"params": tails, "base": settings.learning_rate},
-    ]
-    fused = value.device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
 
 
 def _schedule(step: int, settings: FinetuneSettings) -> float:
@@ -211,9 +250,15 @@ class _Checkpoint:
     """The state of a run in a folder: ``state.safetensors`` and the losses, swapped in whole."""
 
     def __init__(
-        self, folder: Path | None, value: StitchedValue, optimiser: torch.optim.Optimizer, settings: FinetuneSettings
+        self,
+        folder: Path | None,
+        value: StitchedValue,
+        optimisers: Optimisers,
+        balance: LevelBalance | None,
+        settings: FinetuneSettings,
     ) -> None:
-        self.folder, self.value, self.optimiser, self.settings = folder, value, optimiser, settings
+        self.folder, self.value, self.settings = folder, value, settings
+        self.optimisers, self.balance = optimisers, balance
 
     def _recipe(self) -> dict[str, Any]:
         kept = attrs.asdict(self.settings)
@@ -225,7 +270,9 @@ class _Checkpoint:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{name}": t for name, t in self.value.branches.state_dict().items()}
-        tensors |= optimiser_tensors(self.optimiser)
+        tensors |= self.optimisers.tensors()
+        if self.balance is not None:
+            tensors["levels"] = self.balance.means
         metadata = {"losses": json.dumps(losses), "recipe": json.dumps(self._recipe())}
         write_tensors(self.folder / "state.safetensors", tensors, metadata)
 
@@ -239,5 +286,7 @@ class _Checkpoint:
                 f"{str(path)!r} belongs to a run with another recipe. Delete it or choose another folder."
             )
         self.value.branches.load_state_dict(under("model", tensors))
-        load_optimiser(self.optimiser, tensors)
+        self.optimisers.load(tensors)
+        if self.balance is not None:
+            self.balance.means = tensors["levels"].to(self.balance.means)
         return list(json.loads(metadata["losses"]))

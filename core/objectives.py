@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .conditions import Condition
 from .examples import CONDITION
+from .levels import Weigh, unweighted
 from .reward import Reward, RewardOutput
 
 if TYPE_CHECKING:
@@ -17,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def distillation_loss(
-    output: RewardOutput, target: Mapping[str, Tensor], settings: FinetuneSettings, score: Tensor | None = None
+    output: RewardOutput,
+    target: Mapping[str, Tensor],
+    settings: FinetuneSettings,
+    score: Tensor | None = None,
+    weigh: Weigh = unweighted,
 ) -> Tensor:
     """Squared l2 between normalised embeddings, plus tokens (mean over tokens, per channel), plus the error of
     ``score [B]``.
@@ -25,15 +31,30 @@ def distillation_loss(
     Only the squared score error has ``E[r(z0) | z_t]`` as its minimiser (paper, L_value); the paper's aesthetic recipe
     takes Smooth-l1. The token term is divided by the width, so that its weight means the same for narrow and wide
     towers. ``score`` may cover fewer examples than the rest: those whose target has one (is no NaN), in their order.
+    ``weigh`` gives the examples of the other two terms their weights.
     """
     embedding = F.normalize(output.embedding.float(), dim=-1) - F.normalize(target["embedding"], dim=-1)
-    loss = settings.embedding_weight * embedding.square().sum(-1).mean()
-    loss = loss + settings.token_weight * F.mse_loss(output.tokens.float(), target["tokens"])
+    tokens = (output.tokens.float() - target["tokens"]).square().mean((1, 2))
+    loss = settings.embedding_weight * weigh("embedding", embedding.square().sum(-1)).mean()
+    loss = loss + settings.token_weight * weigh("tokens", tokens).mean()
     if score is not None:
         error = F.mse_loss if settings.score_loss == "squared" else F.smooth_l1_loss
         known = target["score"]
         loss = loss + settings.score_weight * error(score.float(), known[~known.isnan()])
     return loss
+
+
+def hidden_loss(hidden: Sequence[Tensor], clean: Sequence[Tensor], weigh: Weigh = unweighted) -> Tensor:
+    """Squared error of the tokens ``[B, N, C]`` after each block, relative to how much the clean image's own tokens
+    vary: a number, the mean over examples and blocks (0 is perfect, 1 as bad as the mean token).
+
+    The layer-wise distillation of FitNets and their kin, not in the paper: an error is seen in the block that makes it.
+    """
+    relative = [
+        (tokens.float() - truth).square().mean((1, 2)) / truth.var(dim=1).mean(-1)
+        for tokens, truth in zip(hidden, clean, strict=True)
+    ]
+    return weigh("hidden", torch.stack(relative).mean(0)).mean()
 
 
 def predicted_score(reward: Reward, output: RewardOutput, target: Mapping[str, Tensor]) -> Tensor | None:

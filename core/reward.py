@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import attrs
 import torch
@@ -89,6 +89,18 @@ class Reward(Sliced):
     def score(self, output: RewardOutput, condition: Condition) -> Tensor:
         """``[B]``: the reward, higher is better, from the tower's output and the condition."""
 
+    def tokens(self, state: State) -> Tensor:
+        """``[B, prefix_count + N, C]``: a state's prefix tokens and its patch features, row by row."""
+        return torch.cat([self.prefix(state), self.grid(state).flatten(2).transpose(1, 2)], dim=1)
+
+    def hidden_states(self, state: State, cut: int) -> tuple[State, list[Tensor]]:
+        """The state at ``depth`` from the one at ``cut``, and the :meth:`tokens` after every block on the way."""
+        found = []
+        for k in range(cut + 1, self.depth + 1):
+            state = self.run(state, k - 1, k)
+            found.append(self.tokens(state))
+        return state, found
+
     def check_grid(self, grid: Tensor) -> None:
         """Raise :class:`SliceError` unless the patch grid has this tower's size."""
         if grid.shape[-2:] != (self.grid_size, self.grid_size):
@@ -134,6 +146,11 @@ class Tail(nn.Module):
         self.positions = positions
         self.prefix = nn.Parameter(prefix.detach().clone())
 
-    def forward(self, grid: Tensor) -> RewardOutput:
+    def forward(self, grid: Tensor, *, return_hidden: bool = False) -> Any:
+        """:class:`RewardOutput`; with ``return_hidden`` also the tokens after every block (:meth:`hidden_states`)."""
         self.part.check_grid(grid)
-        return self.part.resume(self.part.enter(grid, self.prefix, positions=self.positions), self.j - 1)
+        state = self.part.enter(grid, self.prefix, positions=self.positions)
+        if not return_hidden:
+            return self.part.resume(state, self.j - 1)
+        last, hidden = self.part.hidden_states(state, self.j - 1)
+        return self.part.exit(last), hidden

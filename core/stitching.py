@@ -245,9 +245,11 @@ def training_examples(
     side = settings.resolution or backbone.native_resolution
     judges = _one_or_all([network_identity(reward) for reward in rewards.values()])
     pair = {"backbone": network_identity(backbone), "reward": judges, "resolution": side}
+    # caches of recipes that compare no hidden states are keyed as if there were none
+    kept = {"keep_images": True} if recipe.hidden_weight else {}
     real = generated = None
     if recipe.generated < 1:
-        key = {**pair, "images": source.fingerprint(), "count": settings.count, "decoded": recipe.decoded}
+        key = {**pair, "images": source.fingerprint(), "count": settings.count, "decoded": recipe.decoded, **kept}
         latents = from_images(backbone, source, settings.count, side, settings.batch, recipe.decoded)
         real = build_examples(
             work / f"images-{cache_key(key)}",
@@ -257,12 +259,13 @@ def training_examples(
             settings.count,
             label="cache images",
             progress=progress,
+            **kept,
         )
     if recipe.generated > 0:
         asked = list(prompts) if prompts is not None else [""]
         generation = settings.generation if recipe.on_policy > 0 else attrs.evolve(settings.generation, states=0)
         key = {**pair, "prompts": cache_key({"prompts": asked}), "count": settings.samples,
-               "generation": attrs.asdict(generation), "scored": True}  # fmt: skip
+               "generation": attrs.asdict(generation), "scored": True, **kept}  # fmt: skip
         drawn = from_samples(backbone, asked, settings.samples, side, settings.batch, generation)
         generated = build_examples(
             work / f"samples-{cache_key(key)}",
@@ -272,5 +275,6 @@ def training_examples(
             settings.samples,
             label="cache samples",
             progress=progress,
+            **kept,
         )
     return real, generated

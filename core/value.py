@@ -43,9 +43,9 @@ class Branch(nn.Module):
         self.layer = layer
         self.tail = tail
 
-    def forward(self, grid: Tensor) -> RewardOutput:
-        output: RewardOutput = self.tail(self.layer(grid))
-        return output
+    def forward(self, grid: Tensor, *, return_hidden: bool = False) -> Any:
+        """What :class:`Tail` returns."""
+        return self.tail(self.layer(grid), return_hidden=return_hidden)
 
 
 class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["stitchvm"]):
@@ -136,6 +136,17 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
     def interface(self, name: str | None = None) -> Interface:
         """Where the (first) reward was cut in."""
         return Interface(self.head.cut, self._branch(name or self.names[0]).tail.j)
+
+    def alone(self, name: str) -> StitchedValue:
+        """The value of one of several rewards, weight 1, sharing its tensors; ``SliceError`` for an unknown one.
+
+        Rewards stitched together share one set of samples and one pass of the head a training step; what each needs
+        for itself is then saved apart with ``save_pretrained``.
+        """
+        rewards = {name: self._rewards[name]} if name in self._rewards else {}
+        return type(self)(
+            self.head, {name: self._branch(name)}, self.null, None, rewards, self.provenance, prompted=self.prompted
+        )
 
     def features(self, latents: Tensor, sigma: float | Tensor, prompt: Condition | None = None) -> Tensor:
         """``[B, C, H, W]`` backbone features under ``prompt`` (the null prompt if None), counted as ``head``.

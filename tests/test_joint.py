@@ -92,6 +92,19 @@ def test_the_value_is_the_weighted_sum_of_its_branches_in_one_head_pass(backbone
     assert float(torch.stack(parts).std(0).min()) > 1e-3, "the branches differ"
 
 
+@torch.no_grad()
+def test_one_reward_of_several_is_a_value_of_its_own(backbone, rewards, latents, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(artefact, "load_backbone", lambda *_, **__: backbone)
+    monkeypatch.setattr(artefact, "load_reward", lambda name, **_: rewards[name])
+    value = made((DFN, HPS), (2.0, 0.5))
+    value.alone(HPS).save_pretrained(tmp_path)
+    single = StitchedValue.from_pretrained(tmp_path)
+    assert (single.names, single.weights, single.interface()) == ((HPS,), (1.0,), value.interface(HPS))
+    assert torch.equal(single(latents, 0.3, PROMPTS), alone(value, HPS)(latents, 0.3, PROMPTS))
+    with pytest.raises(core.SliceError, match="not 'nothing'"):
+        value.alone("nothing")
+
+
 def test_gradients_are_the_weighted_sum_too(backbone, latents) -> None:
     value = made((DFN, HPS), (1.0, 3.0))
     latents.requires_grad_()
