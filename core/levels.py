@@ -31,8 +31,8 @@ class LevelBalance:
     example counts by the inverse of its bin's.
 
     A bin is a noise level and whether the head reads a prompt, which is all that a weight may depend on: given what
-    the value sees the weight is a constant, and the minimiser stays ``E[r(z0) | z_t]``. The mean weight of the bins seen
-    is 1. Weights come from earlier steps alone.
+    the value sees the weight is a constant, and the minimiser stays ``E[r(z0) | z_t]``. The mean weight of the bins
+    seen is 1. Weights come from earlier steps alone.
     """
 
     terms: tuple[str, ...]

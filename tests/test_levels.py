@@ -27,7 +27,8 @@ def test_bins_are_levels_with_and_without_a_prompt() -> None:
 def test_levels_count_by_the_inverse_of_their_errors(accelerator: Accelerator) -> None:
     balance, bins = fresh(), torch.tensor([1, 1, 8])
     errors = torch.tensor([0.1, 0.3, 0.8])
-    assert torch.equal(balance.weigher("r", bins)("embedding", errors), errors), "nothing is known before the first step"
+    first = balance.weigher("r", bins)("embedding", errors)
+    assert torch.equal(first, errors), "nothing is known before the first step"
     balance.update(accelerator)
     weighed = balance.weigher("r", bins)("embedding", torch.ones(3))
     # means 0.2 and 0.8: inverses 5 and 1.25, mean 3.125
