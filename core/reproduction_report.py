@@ -101,16 +101,20 @@ def entry(each: Expected, cell: Mapping[str, Any], plain: Mapping[str, Any] | No
 
 
 def mark_best(rows: Sequence[dict[str, Any]]) -> None:
-    """Mark the row of the highest target reward of every pair's curves."""
-    top: dict[tuple[str, ...], dict[str, Any]] = {}
+    """Mark the row of the highest target reward of every pair's curves, among those that keep what the detector sees;
+    among all where none does."""
+    curves: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["curve"] is None:
-            continue
-        key = row["backbone"], row["reward"], row["curve"]
-        if key not in top or _target(row) > _target(top[key]):
-            top[key] = row
-    for row in top.values():
-        row["best"] = True
+        if row["curve"] is not None:
+            curves.setdefault((row["backbone"], row["reward"], row["curve"]), []).append(row)
+    for found in curves.values():
+        max([row for row in found if _keeps(row)] or found, key=_target)["best"] = True
+
+
+def _keeps(row: Mapping[str, Any]) -> bool:
+    """Whether the detector's paired loss against the plain sampler is within two standard errors, or not measured."""
+    gain = row["detector_gain"]
+    return gain is None or gain["mean"] + 2 * gain["stderr"] >= 0
 
 
 def _target(row: Mapping[str, Any]) -> float:
