@@ -121,8 +121,9 @@ def finetune(
     With a ``checkpoint`` folder the state is saved there every ``checkpoint_every`` steps, and a run that finds one
     goes on from it.
 
-    Raises ``ConfigError`` when the recipe asks for a cache or prompts that are missing, ``ArtefactError`` for another
-    recipe's checkpoint, :class:`NonFiniteError` when the loss is not finite (the last checkpoint stays).
+    Raises ``ConfigError`` when the recipe asks for a cache, its images or prompts that are missing,
+    ``ArtefactError`` for another recipe's checkpoint, :class:`NonFiniteError` when the loss is not finite (the last
+    checkpoint stays).
     """
     backbone = value.head.part
     assert isinstance(backbone, Backbone)

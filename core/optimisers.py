@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .checkpoints import load_optimiser, optimiser_tensors
 from .errors import ConfigError
+from .value import Branch, StitchedValue
 
 if TYPE_CHECKING:
     from .finetune import FinetuneSettings
-    from .value import StitchedValue
 
 
 @attrs.frozen(eq=False)
@@ -26,21 +26,19 @@ class Optimisers:
     @classmethod
     def of(cls, value: StitchedValue, settings: FinetuneSettings) -> Self:
         """For the layers and the trained part of the tails. Raises :class:`ConfigError` where torch has no Muon."""
-        from .value import Branch
-
         branches = [branch for branch in value.branches if isinstance(branch, Branch)]
         layers = [p for branch in branches for p in branch.layer.parameters()]
         tails = [p for branch in branches for p in branch.tail.parameters() if p.requires_grad]
         rate, decay = settings.learning_rate, settings.weight_decay
-        matrices: list[Tensor] = []
-        if settings.optimiser == "muon":
-            # a tail's own prefix tokens are two-dimensional, but no map
-            maps = [branch.tail.part.parameters() for branch in branches]
-            matrices = [p for part in maps for p in part if p.ndim == 2 and p.requires_grad]
-        others = {id(p) for p in matrices}
+        # the weights of the tower's own maps: a tail's prefix tokens are two-dimensional too, but no map
+        matrices = [
+            p for branch in branches for p in branch.tail.part.parameters()
+            if settings.optimiser == "muon" and p.ndim == 2 and p.requires_grad
+        ]  # fmt: skip
+        apart = {id(p) for p in matrices}
         groups = [
             {"params": layers, "base": rate * settings.layer_multiplier},
-            {"params": [p for p in tails if id(p) not in others], "base": rate},
+            {"params": [p for p in tails if id(p) not in apart], "base": rate},
         ]
         fused = value.device.type in ("cuda", "cpu")
         named: dict[str, Any] = {"optimiser": torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=fused)}
