@@ -64,8 +64,8 @@ def config_of(value: StitchedValue) -> dict[str, Any]:
     return {
         "library": "stitchvm", "format": FORMAT, "backbone": model_identity(backbone),
         "latent_channels": backbone.latent_channels, "fingerprint": weights_digest(value.head.part.net),
-        "i": value.head.cut, "head_reads": _PROMPT if value.prompted else _NULL, "stitches": rewards,
-        "versions": versions(), **attrs.asdict(value.provenance),
+        "i": value.head.cut, "taps": list(value.head.taps), "head_reads": _PROMPT if value.prompted else _NULL,
+        "stitches": rewards, "versions": versions(), **attrs.asdict(value.provenance),
     }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def load(
         )
     tensors = read_tensors(folder / WEIGHTS)
     network = load_backbone(backbone or config["backbone"]["name"], cut=config["i"], device=device, dtype=dtype)
-    head = Head(network, config["i"])
+    head = Head(network, config["i"], config.get("taps", ()))
     _check_head(head, network, config, folder, allow_other_backbone)
     rewards = {entry["name"]: load_reward(entry["name"], device=device) for entry in config["stitches"]}
     # cloned off the file's mapping: sums over unaligned memory can differ in the last bit
@@ -156,8 +156,9 @@ def model_card(config: dict[str, Any]) -> str:
     backbone, rewards = config["backbone"], config["stitches"]
     base = [m.get("repo") for m in (backbone, *(r["identity"] for r in rewards)) if m.get("repo")]
     names = sum_name([r["name"] for r in rewards], [r["weight"] for r in rewards])
+    taps = f" (and blocks {', '.join(map(str, config['taps']))} tapped)" if config["taps"] else ""
     cuts = "; ".join(
-        f"after block {config['i']} of {backbone['name']}, before block {r['j']} of {r['name']}" for r in rewards
+        f"after block {config['i']} of {backbone['name']}{taps}, before block {r['j']} of {r['name']}" for r in rewards
     )
     licences = ", ".join(
         f"{m['name']}: {m.get('licence') or 'unknown'}" for m in (backbone, *(r["identity"] for r in rewards))

@@ -6,18 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .grids import resample
+
 BOTTLENECK = 8
 """``G`` narrows to 1/8 of the reward's width (paper)."""
-
-
-def resample(grid: Tensor, side: int) -> Tensor:
-    """``Up``: bilinear ``[B, C, H, W]`` to ``[B, C, side, side]``, antialiased when it shrinks; the identity at equal
-    size. In float32 at least: torch has no antialiasing in half precision on the CPU."""
-    if grid.shape[-2:] == (side, side):
-        return grid
-    wide = grid.to(torch.promote_types(grid.dtype, torch.float32))
-    resized = F.interpolate(wide, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-    return resized.to(grid.dtype)
 
 
 class StitchingLayer(nn.Module):

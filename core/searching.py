@@ -18,16 +18,17 @@ from .backbone import Backbone
 from .criteria import CRITERIA, Criterion, closed_form_losses, functional_losses
 from .errors import ConfigError, DataError
 from .files import write_json
+from .grids import resample, side_by_side
 from .images import ImageSource, open_images
 from .joint import load_rewards
-from .layer import StitchingLayer, resample
+from .layer import StitchingLayer
 from .loading import load_backbone, name_of
 from .progress import track
 from .regression import AffineMap, RegressionStatistics
 from .reward import Reward, Tail
 from .sampling import seeded_noise
 from .seeds import stream_seed
-from .slicing import LATENT
+from .slicing import LATENT, checked_taps
 from .value import Branch, Interface
 
 DEEPEST_BLOCK = 4
@@ -42,7 +43,8 @@ class SearchResult:
     """Every pair's losses of one reward, by criterion, and what is needed to build any of them.
 
     ``losses[criterion][i, j]``; ``maps[i]`` is the closed-form map to the targets of all ``blocks`` side by side;
-    ``prefixes[j]`` the mean prefix tokens ``[P, C]`` at cut ``j - 1``.
+    ``prefixes[j]`` the mean prefix tokens ``[P, C]`` at cut ``j - 1``. A map from cut ``i`` reads the features of those
+    ``taps`` that come before ``i`` as well (:func:`taps_before`).
     """
 
     backbone: str
@@ -53,6 +55,7 @@ class SearchResult:
     maps: dict[int, AffineMap]
     prefixes: dict[int, Tensor]
     probes: int
+    taps: tuple[int, ...] = ()
 
     @property
     def loss(self) -> dict[tuple[int, int], float]:
@@ -86,8 +89,9 @@ class SearchResult:
     def report(self) -> dict[str, Any]:
         """JSON-able: the best pair and the grid as rows ``{i, j, mse, unexplained, functional}``."""
         grid = [{"i": i, "j": j, **{c: loss[i, j] for c, loss in self.losses.items()}} for i, j in self.loss]
+        taps = {"taps": list(self.taps)} if self.taps else {}
         return {"backbone": self.backbone, "reward": self.reward, "criterion": self.criterion, "probes": self.probes,
-                "best": attrs.asdict(self.best), "grid": grid}  # fmt: skip
+                "best": attrs.asdict(self.best), **taps, "grid": grid}  # fmt: skip
 
     def save(self, path: Path) -> None:
         """Write ``report()`` as JSON, atomically."""
@@ -127,7 +131,7 @@ class JointSearch:
         reports = [found.report() for found in self.results.values()]
         if len(reports) == 1:
             return reports[0]
-        shared = {key: reports[0][key] for key in ("backbone", "criterion", "probes")}
+        shared = {key: reports[0][key] for key in ("backbone", "criterion", "probes", "taps") if key in reports[0]}
         best = {"i": next(iter(self.best.values())).i, "j": {name: cut.j for name, cut in self.best.items()}}
         loss = [{"i": i, "loss": loss} for i, loss in self.loss.items()]
         return {**shared, "best": best, "loss": loss, "rewards": reports}
@@ -148,6 +152,7 @@ def search(
     images: Any,
     cuts: Sequence[int] | None = None,
     blocks: Sequence[int] | None = None,
+    taps: Sequence[int] = (),
     probes: int = 200,
     criterion: Criterion = "functional",
     positions: bool = False,
@@ -157,17 +162,18 @@ def search(
     progress: bool = True,
 ) -> SearchResult:
     """Fit and rank every pair of backbone cut in ``cuts`` (default: after every block) and reward block in ``blocks``
-    (default: the first four).
+    (default: the first four). ``taps`` are earlier cuts that every layer reads beside its own, where they come before
+    it: late features know what the image will be, early ones where every detail of the latent lies.
 
     ``images`` is anything :func:`open_images` takes; the first ``probes`` of them are used, one noise level each,
     uniform in [0, 1]. A quarter is held out to judge the functional criterion, which follows ``positions`` (see
     ``Reward.enter``).
 
-    Raises ``ConfigError`` for an unknown criterion, ``SliceError`` for a cut out of range, ``DataError`` for fewer
-    than four images.
+    Raises ``ConfigError`` for an unknown criterion, ``SliceError`` for a cut or tap out of range, ``DataError`` for
+    fewer than four images.
     """
     joint = search_jointly(
-        backbone, [reward], images=images, cuts=cuts, blocks=blocks, probes=probes, criterion=criterion,
+        backbone, [reward], images=images, cuts=cuts, blocks=blocks, taps=taps, probes=probes, criterion=criterion,
         positions=positions, resolution=resolution, batch=batch, seed=seed, progress=progress,
     )  # fmt: skip
     (result,) = joint.results.values()
@@ -181,6 +187,7 @@ def search_jointly(
     images: Any,
     cuts: Sequence[int] | None = None,
     blocks: Blocks = None,
+    taps: Sequence[int] = (),
     probes: int = 200,
     criterion: Criterion = "functional",
     positions: bool = False,
@@ -196,10 +203,12 @@ def search_jointly(
     cuts = tuple(range(1, backbone.depth + 1)) if cuts is None else tuple(cuts)
     for cut in cuts:
         backbone.check_cut(cut)
+    taps = checked_taps(backbone, taps, backbone.depth)
     entered = {name: _blocks(reward, name, blocks) for name, reward in loaded.items()}
-    stream = ProbeStream(backbone, loaded, open_images(images, probes), cuts, probes, resolution, batch, seed, progress)
+    source = open_images(images, probes)
+    stream = ProbeStream(backbone, loaded, source, cuts, probes, resolution, batch, seed, progress, taps)
     fits = _fit(stream, entered)
-    results = {name: fit.result(name_of(backbone), name, criterion, stream.seen) for name, fit in fits.items()}
+    results = {name: fit.result(name_of(backbone), name, criterion, stream) for name, fit in fits.items()}
     judged = functional_losses(results, loaded, stream.batches(held=True), positions=positions)
     for name, losses in judged.items():
         results[name].losses["functional"] = losses
@@ -236,6 +245,7 @@ class ProbeStream:
     batch: int
     seed: int
     progress: bool
+    taps: tuple[int, ...] = ()
     seen: int = 0
 
     @torch.no_grad()
@@ -254,7 +264,7 @@ class ProbeStream:
                 continue
             images = chunk[rows].to(self.backbone.device)
             noisy = self._noisy(images, [stream_seed(self.seed, numbers[row]) for row in rows])
-            features = dict(_features(self.backbone, noisy, null.expand(len(rows)), self.cuts))
+            features = dict(_features(self.backbone, noisy, null.expand(len(rows)), self.cuts, self.taps))
             yield Probe({name: reward.preprocess(images) for name, reward in self.rewards.items()}, features)
 
     def _noisy(self, images: Tensor, seeds: list[int]) -> Any:
@@ -265,17 +275,27 @@ class ProbeStream:
         return self.backbone.noisy(latents, sigma)
 
 
-def _features(backbone: Backbone, noisy: Any, null: Any, cuts: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+def _features(
+    backbone: Backbone, noisy: Any, null: Any, cuts: tuple[int, ...], taps: tuple[int, ...]
+) -> Iterator[tuple[int, Tensor]]:
     if LATENT in cuts:
         yield LATENT, backbone.input_grid(noisy)
     last = max(cuts)
     if last == LATENT:
         return
+    tapped: dict[int, Tensor] = {}
     for cut, grid in backbone.features(noisy, null):
         if cut in cuts:
-            yield cut, grid
+            yield cut, side_by_side([*tapped.values(), grid])
+        if cut in taps:
+            tapped[cut] = grid
         if cut == last:
             return
+
+
+def taps_before(taps: Sequence[int], cut: int) -> tuple[int, ...]:
+    """Those ``taps`` that a layer at ``cut`` reads beside the features there: none after it, none at the latent."""
+    return tuple(tap for tap in taps if tap < cut)
 
 
 @attrs.define(eq=False)
@@ -298,12 +318,14 @@ class _Fit:
             self.statistics[cut].add(_rows(resample(grid, self.reward.grid_size)), targets)
         self.images += len(pixels)
 
-    def result(self, backbone: str, name: str, criterion: Criterion, probes: int) -> SearchResult:
+    def result(self, backbone: str, name: str, criterion: Criterion, stream: ProbeStream) -> SearchResult:
         """The closed-form maps, mean prefix tokens and what comes with the fit; the functional losses are not in it."""
         maps = {cut: found.solve() for cut, found in self.statistics.items()}
         prefixes = {j: total / self.images for j, total in self.prefix_sums.items()}
         losses = closed_form_losses(maps, self.blocks)
-        return SearchResult(backbone, name, criterion, self.blocks, losses, maps, prefixes, probes)
+        return SearchResult(
+            backbone, name, criterion, self.blocks, losses, maps, prefixes, stream.seen, stream.taps
+        )
 
 
 def _fit(stream: ProbeStream, blocks: Mapping[str, tuple[int, ...]]) -> dict[str, _Fit]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import attrs
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import SliceError
+from .grids import side_by_side
 
 LATENT = -1
 """The cut before the stem: the network's own input as a feature grid (the VAE-stitching baseline)."""
@@ -311,16 +312,34 @@ class Head(nn.Module):
     """A network's first part as a module of its own: FSDP, offload and ``torch.compile`` hook its ``forward``.
 
     ``forward(x, condition) -> [B, C, H, W]``, with ``return_state`` the state as well. Owns only the stem and blocks
-    ``1 .. cut``; nothing at all at ``LATENT``.
+    ``1 .. cut``; nothing at all at ``LATENT``. With ``taps``, earlier cuts, the grid holds their features before those
+    at the cut (:func:`~stitchvm.core.grids.side_by_side`), from the same pass.
     """
 
-    def __init__(self, network: Sliced, cut: int) -> None:
+    def __init__(self, network: Sliced, cut: int, taps: Sequence[int] = ()) -> None:
         super().__init__()
         network.check_cut(cut)
         self.part = network.prune(0, cut)
         self.cut = cut
+        self.taps = checked_taps(network, taps, cut)
 
     def forward(self, x: Any, condition: Any, *, return_state: bool = False) -> Any:
-        state = self.part.head(x, condition, self.cut)
-        grid = self.part.input_grid(x) if self.cut == LATENT else self.part.grid(state)
+        if self.cut == LATENT:
+            return (self.part.input_grid(x), x) if return_state else self.part.input_grid(x)
+        start, grids = 0, []
+        state = self.part.stem(x, condition)
+        for stop in (*self.taps, self.cut):
+            state, start = self.part.run(state, start, stop), stop
+            grids.append(self.part.grid(state))
+        grid = side_by_side(grids)
         return (grid, state) if return_state else grid
+
+
+def checked_taps(network: Sliced, taps: Sequence[int], cut: int) -> tuple[int, ...]:
+    """``taps`` in order, without repeats; :class:`SliceError` unless each is a cut from 0 that comes before ``cut``."""
+    found = tuple(sorted(set(taps)))
+    for tap in found:
+        network.check_cut(tap, lowest=0)
+        if tap >= cut:
+            raise SliceError(f"{type(network).__name__}: tap {tap} is not before the cut at {cut}; leave it out.")
+    return found

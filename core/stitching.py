@@ -24,7 +24,7 @@ from .joint import JointReward, checked_weights, load_rewards
 from .loading import load_backbone, name_of
 from .provenance import network_identity
 from .reward import Reward
-from .searching import JointSearch, SearchResult, search_jointly
+from .searching import JointSearch, SearchResult, search_jointly, taps_before
 from .slicing import LATENT, Head
 from .value import Branch, Interface, StitchedValue
 
@@ -37,8 +37,9 @@ class StitchSettings:
     """What :func:`stitch` does beside the recipe.
 
     ``interface`` skips the choice (the map is still fitted): backbone cut ``i`` and a block ``j`` for each reward;
-    ``cuts`` and ``blocks`` bound the search; ``count`` real images and ``samples`` generated ones feed stage 2;
-    ``resolution`` in image pixels (default the backbone's own). ``conditioning`` is what the head reads of samples:
+    ``cuts`` and ``blocks`` bound the search; ``taps`` are earlier backbone cuts that the layer reads beside the chosen
+    one, from the same pass (where they come before it); ``count`` real images and ``samples`` generated ones feed stage
+    2; ``resolution`` in image pixels (default the backbone's own). ``conditioning`` is what the head reads of samples:
     ``null``, the null prompt alone (the paper), or ``prompt``, the one a latent is being denoised for, so that the
     value is ``E[r | z_t, prompt]``; None leaves it to the recipe's ``prompted``.
     """
@@ -46,6 +47,7 @@ class StitchSettings:
     interface: tuple[int, ...] | None = None
     cuts: tuple[int, ...] | None = None
     blocks: tuple[int, ...] | None = None
+    taps: tuple[int, ...] = ()
     probes: int = attrs.field(default=200, validator=attrs.validators.gt(0))
     criterion: Criterion = "functional"
     positions: bool = False
@@ -109,7 +111,9 @@ def stitch(
         # before hours of sampling, should any be missing
         read = _encoded(backbone, prompts) if value.prompted else None
         real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress)
-        run = {"interface": {"i": value.head.cut, "j": _one_or_all([cut.j for cut in cuts.values()])},
+        # those without taps are keyed as if there were none to choose
+        taps = {"taps": value.head.taps} if value.head.taps else {}
+        run = {"interface": {"i": value.head.cut, "j": _one_or_all([cut.j for cut in cuts.values()]), **taps},
                "positions": chosen.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
                "pair": [network_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
         checkpoint = work / f"finetune-{cache_key(run)}"
@@ -185,7 +189,7 @@ def run_search(
     if (fixed := _fixed(settings.interface, rewards)) is not None:
         cuts, blocks = settings.interface[:1], {name: (cut.j,) for name, cut in fixed.items()}  # type: ignore[index]
     return search_jointly(
-        backbone, rewards, images=source, cuts=cuts, blocks=blocks, probes=settings.probes,
+        backbone, rewards, images=source, cuts=cuts, blocks=blocks, taps=settings.taps, probes=settings.probes,
         criterion=settings.criterion, positions=settings.positions, resolution=settings.resolution,
         batch=settings.batch, seed=settings.seed, progress=progress,
     )  # fmt: skip
@@ -207,7 +211,8 @@ def joined(
         for parameter in branches[name].parameters():
             parameter.requires_grad_(True)
     (i,) = {cut.i for cut in cuts.values()}
-    return StitchedValue(Head(backbone, i), branches, backbone.null_condition(), weights, rewards)
+    (taps,) = {taps_before(found.taps, i) for found in results.values()}
+    return StitchedValue(Head(backbone, i, taps), branches, backbone.null_condition(), weights, rewards)
 
 
 def _encoded(backbone: Backbone, prompts: Sequence[str] | None) -> Condition:

@@ -92,7 +92,7 @@ def test_search_writes_and_prints_the_grid(run, tmp_path):
 
 def test_several_rewards_share_a_head(run, tmp_path):
     pair, value = ("tiny-sd3", "tiny-clip,tiny-other", "--images", "noise"), tmp_path / "value"
-    bounds = ("--probes", 8, "--blocks", "1-2", "--cuts", "1,3")
+    bounds = ("--probes", 8, "--blocks", "1-2", "--cuts", "1,3", "--taps", "0")
     code, out, err = run("search", *pair, *bounds, "--out", tmp_path, "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -100,9 +100,12 @@ def test_several_rewards_share_a_head(run, tmp_path):
     assert {path.name for path in tmp_path.glob("interface*.png")} == {
         "interface-tiny-clip.png", "interface-tiny-other.png",
     }  # fmt: skip
-    code, out, err = run("stitch", *pair, "--out", value, *SHORT, "--count", 8, "--weights", "1,0.5", "--json")
+    code, out, err = run(
+        "stitch", *pair, "--out", value, *SHORT, "--count", 8, "--weights", "1,0.5", "--taps", "0", "--json"
+    )
     assert code == 0, err
     report = json.loads(out)
+    assert report["taps"] == [0]
     assert report["weights"] == {"tiny-clip": 1.0, "tiny-other": 0.5}
     assert report["interface"] == found["best"]
     assert StitchedValue.from_pretrained(value).weights == (1.0, 0.5)

@@ -20,8 +20,9 @@ from stitchvm.core import Backbone, Reward, artefact
 from stitchvm.core.batches import Batches
 from stitchvm.core.examples import Examples, GenerationSettings
 from stitchvm.core.finetune import FinetuneSettings, finetune
+from stitchvm.core.grids import resample
 from stitchvm.core.images import open_images
-from stitchvm.core.layer import StitchingLayer, resample
+from stitchvm.core.layer import StitchingLayer
 from stitchvm.core.metered_networks import META, MeteredBackbone, MeteredReward, MeteredValue, layer_cost
 from stitchvm.core.metering import metered
 from stitchvm.core.pairing import registered_pairs

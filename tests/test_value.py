@@ -13,7 +13,8 @@ from torch import Tensor
 from analytic import GaussianBackbone, LinearReward
 from stitchvm import core
 from stitchvm.core import artefact
-from stitchvm.core.layer import StitchingLayer, resample
+from stitchvm.core.grids import resample
+from stitchvm.core.layer import StitchingLayer
 from stitchvm.core.stitching import initial_value
 
 

@@ -25,6 +25,11 @@ Cuts = Annotated[
 ]
 Blocks = Annotated[str, typer.Option(metavar="LIST", help="Reward blocks to try entering before, such as 1-4.")]
 
+Taps = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Earlier backbone cuts that the layer reads too, such as 1,4 (default: none)."),
+]
+
 
 def names(text: str, argument: str) -> tuple[str, ...]:
     """``"hpsv2,aesthetic"`` as a tuple of names; :class:`ConfigError` names the argument."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BackboneName, Blocks, Cuts, Images, RewardNames, names, numbers, warn_skipped
+from .options import BackboneName, Blocks, Cuts, Images, RewardNames, Taps, names, numbers, warn_skipped
 from .output import Json, print_json, print_table
 
 _SHOWN = 10
@@ -21,6 +21,7 @@ def command(
     criterion: Annotated[str, typer.Option(help="functional, unexplained or mse.")] = "functional",
     cuts: Cuts = None,
     blocks: Blocks = "1-4",
+    taps: Taps = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write search.json and heat maps here.")] = None,
     as_json: Json = False,
@@ -36,6 +37,7 @@ def command(
     result = search_jointly(
         backbone, names(reward, "REWARD"), images=source, probes=probes, criterion=criterion,  # type: ignore[arg-type]
         cuts=None if cuts is None else numbers(cuts, "--cuts"), blocks=numbers(blocks, "--blocks"), seed=seed,
+        taps=() if taps is None else numbers(taps, "--taps"),
     )  # fmt: skip
     warn_skipped(source)
     report = result.report()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, Blocks, Cuts, Images, RewardNames, names, numbers, reals, warn_skipped
+from .options import BackboneName, Blocks, Cuts, Images, RewardNames, Taps, names, numbers, reals, warn_skipped
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def command(
     vae: Annotated[bool, typer.Option("--vae", help="VAE stitching, the baseline: cut at the latent itself.")] = False,
     cuts: Cuts = None,
     blocks: Blocks = "1-4",
+    taps: Taps = None,
     probes: Annotated[int, typer.Option(help="Images to judge every pair of cuts on.")] = 200,
     criterion: Annotated[str, typer.Option(help="functional, unexplained or mse.")] = "functional",
     as_json: Json = False,
@@ -75,7 +76,7 @@ def command(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples, probes=probes,
         generation=GenerationSettings(steps=sampling_steps), criterion=criterion, seed=settings.seed,
-        conditioning=conditioning,
+        conditioning=conditioning, taps=() if taps is None else numbers(taps, "--taps"),
         **_where(interface, vae, cuts, blocks),
     )  # fmt: skip
     warn_skipped(source)
@@ -124,9 +125,9 @@ def _report(value: StitchedValue, out: Path) -> dict[str, Any]:
     blocks, made = {name: value.interface(name).j for name in value.names}, value.provenance
     entered = value.interface().j if len(blocks) == 1 else blocks
     return {
-        "out": str(out), "interface": {"i": value.head.cut, "j": entered}, "recipe": made.recipe,
-        "weights": dict(zip(value.names, value.weights, strict=True)), "metrics": made.metrics, "cost": made.cost,
-        "seed": made.seed,
+        "out": str(out), "interface": {"i": value.head.cut, "j": entered}, "taps": list(value.head.taps),
+        "recipe": made.recipe, "weights": dict(zip(value.names, value.weights, strict=True)), "metrics": made.metrics,
+        "cost": made.cost, "seed": made.seed,
     }  # fmt: skip
 
 
