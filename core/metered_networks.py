@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import attrs
@@ -17,6 +17,7 @@ from .loading import as_dtype
 from .metering import metered
 from .objectives import distillation_loss
 from .reward import Reward, Tail
+from .searching import taps_before
 from .slicing import Head, Sliced
 from .value import Branch, Interface
 
@@ -72,6 +73,11 @@ class MeteredBackbone:
         decoder = _vae_half(lambda: backbone.decode_latents(latents))
         return cls(backbone, x, condition, grids, heads, whole, encoder, decoder)
 
+    def read_at(self, cut: int, taps: Sequence[int] = ()) -> Shape:
+        """What a layer at ``cut`` reads with those ``taps`` that come before it, at the finest one's resolution."""
+        grids = [self.grids[read] for read in (*taps_before(taps, cut), cut)]
+        return (sum(channels for channels, *_ in grids), *max(tuple(sides) for _, *sides in grids))
+
 
 @attrs.frozen(eq=False)
 class MeteredReward:
@@ -106,11 +112,13 @@ class MeteredValue:
     training: Cost
 
     @classmethod
-    def of(cls, left: MeteredBackbone, right: MeteredReward, interface: Interface) -> Self:
-        """Meter a pair joined at ``interface``; :class:`SliceError` where one of the two has no such cut."""
+    def of(cls, left: MeteredBackbone, right: MeteredReward, interface: Interface, taps: Sequence[int] = ()) -> Self:
+        """Meter a pair joined at ``interface``, reading the ``taps`` before it too; :class:`SliceError` where one of
+        the two has no such cut."""
         left.backbone.check_cut(interface.i, lowest=0)
         right.reward.check_cut(interface.j - 1, lowest=0)
-        head, branch = Head(left.backbone, interface.i), _branch(left, right, interface)
+        head = Head(left.backbone, interface.i, taps_before(taps, interface.i))
+        branch = _branch(left.read_at(interface.i, taps), right, interface.j)
         with torch.no_grad(), metered() as read:
             features = head(left.latents, left.condition).float()
             layer = -read.flops
@@ -141,12 +149,12 @@ def layer_cost(grid: Shape, right: MeteredReward) -> Cost:
     return Cost(*_size(layer), cost.flops, cost.peak)
 
 
-def _branch(left: MeteredBackbone, right: MeteredReward, interface: Interface) -> Branch:
-    """A layer and a tail on the meta device."""
+def _branch(grid: Shape, right: MeteredReward, j: int) -> Branch:
+    """A layer that reads ``grid`` and a tail from block ``j`` on, on the meta device."""
     reward = right.reward
     with META:
-        layer = StitchingLayer(left.grids[interface.i][0], right.width, reward.grid_size)
-        tail = Tail(reward, interface.j, torch.zeros(reward.prefix_count, right.width))
+        layer = StitchingLayer(grid[0], right.width, reward.grid_size)
+        tail = Tail(reward, j, torch.zeros(reward.prefix_count, right.width))
     return Branch(layer, tail).requires_grad_(False)  # torch's counter trips over a trainable tensor without a graph
 
 

@@ -21,6 +21,7 @@ from .records import BackboneRecord, RewardRecord
 from .registries import registry
 from .reward import Reward
 from .searching import DEEPEST_BLOCK, JUDGED_EVERY
+from .slicing import checked_taps
 from .value import Interface
 
 ADAM = 4
@@ -34,15 +35,16 @@ class PlanSettings:
     """What is planned for.
 
     ``resolution`` in image pixels (the backbone's own by default); ``cut`` the backbone block after which (half of them
-    by default: the search decides) and ``block`` the reward's before which they are joined; ``probes`` and
-    ``probe_batch`` of the search; ``images``
-    an epoch has, ``cache_batch`` and ``batch`` those that are judged and trained on at once; ``rollouts`` and their
-    denoising ``steps`` of a Monte Carlo estimate.
+    by default: the search decides) and ``block`` the reward's before which they are joined; ``taps``, earlier cuts that
+    layers read too; ``probes`` and ``probe_batch`` of the search; ``images`` an epoch has, ``cache_batch`` and
+    ``batch`` those that are judged and trained on at once; ``rollouts`` and their denoising ``steps`` of a Monte Carlo
+    estimate.
     """
 
     resolution: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
     cut: int | None = None
     block: int = 1
+    taps: tuple[int, ...] = ()
     probes: int = attrs.field(default=200, validator=attrs.validators.ge(JUDGED_EVERY))
     probe_batch: int = attrs.field(default=16, validator=attrs.validators.gt(0))
     images: int = attrs.field(default=100_000, validator=attrs.validators.gt(0))
@@ -127,7 +129,8 @@ def plan_networks(backbone: Backbone, reward: Reward, settings: PlanSettings) ->
     """As :func:`plan`, of networks on the meta device that carry their records; the backbone's VAE is moved there."""
     left, right = MeteredBackbone.of(backbone, settings.resolution), MeteredReward.of(reward)
     interface = Interface(max(backbone.depth // 2, 1) if settings.cut is None else settings.cut, settings.block)
-    joined = MeteredValue.of(left, right, interface)
+    checked_taps(backbone, settings.taps, backbone.depth)
+    joined = MeteredValue.of(left, right, interface, settings.taps)
     parts = {
         "head": left.heads[interface.i], "layer": joined.layer, "tail": joined.tail,
         "denoiser": left.whole, "decoder": left.decoder, "encoder": left.encoder, "reward": right.whole,
@@ -163,11 +166,12 @@ def _search(left: MeteredBackbone, right: MeteredReward, settings: PlanSettings)
     """Every cut against the first reward blocks: a pass a probe to fit, and on every fourth all tails to judge by."""
     blocks = range(1, min(DEEPEST_BLOCK, right.reward.depth) + 1)
     cells, targets = right.reward.grid_size**2, right.width * len(blocks)
-    layers = {grid: layer_cost(grid, right) for grid in set(left.grids)}
+    grids = [left.read_at(cut, settings.taps) for cut in range(1, len(left.grids))]
+    layers = {grid: layer_cost(grid, right) for grid in set(grids)}
     width = as_dtype(left.backbone.record.dtype).itemsize
     fit, solve, judge = right.starts[blocks[-1] - 1].flops, 0, right.whole.flops
     kept = features = 0
-    for grid in left.grids[1:]:
+    for grid in grids:
         channels, layer = grid[0], layers[grid]
         fit += 2 * cells * channels * (channels + targets)
         solve += 4 * channels**2 * targets + 2 * channels * targets

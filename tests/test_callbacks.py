@@ -2,121 +2,47 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler
 from torch import Tensor
-from torch.nn import functional as F
 
-from analytic import LinearReward
-from pipelines import KINDS, open_pipeline, write_pipeline
+from pipeline_calls import (
+    EACH,
+    HEIGHT_WIDTH,
+    SAME,
+    SIZE,
+    STEPS,
+    WEIGHTS,
+    Recorder,
+    as_grid,
+    by_hand,
+    gradient,
+    levels,
+    linear_value,
+    noise,
+    open_all,
+    resampling,
+    run,
+    with_scheduler,
+)
 from stitchvm.core import (
-    LATENT,
     ConfigError,
     GuidanceCallback,
-    Head,
     NonFiniteError,
     ResamplingCallback,
     SliceError,
     StitchedValue,
-    Tail,
     backbone_from,
-    name_of,
 )
-from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.value import Branch
-
-EACH = pytest.mark.parametrize("kind", KINDS)
-WEIGHTS = (1.0, -2.0, 0.5)
-STEPS, SIZE = 5, (16, 24)
-HEIGHT_WIDTH = {"height": SIZE[0], "width": SIZE[1]}
-SAME = ((DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}), (EulerDiscreteScheduler, {}))
-"""Two schedulers that take the same steps in two scales."""
 
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    opened = {}
-    for kind in KINDS:
-        folder = tmp_path_factory.mktemp(kind)
-        write_pipeline(folder, kind)
-        opened[kind] = open_pipeline(folder, kind)
-    return opened
-
-
-def with_scheduler(pipe: Any, cls: Any, **settings: Any) -> Any:
-    other = copy.copy(pipe)
-    other.__dict__ = {**pipe.__dict__}
-    other.scheduler = cls.from_config(pipe.scheduler.config, **settings)
-    return other
-
-
-def linear_value(pipe: Any, weights: tuple[float, ...] = WEIGHTS) -> StitchedValue:
-    """The value that :func:`by_hand` writes out."""
-    backbone, reward = backbone_from(pipe), LinearReward(weights, side=8)
-    layer = StitchingLayer(4, 6, 8)
-    layer.load_map(torch.eye(6, 4), torch.zeros(6))
-    branch = Branch(layer, Tail(reward, 1, torch.zeros(1, 6)))
-    name = name_of(reward)
-    return StitchedValue(Head(backbone, LATENT), {name: branch}, backbone.null_condition(), rewards={name: reward})
-
-
-def by_hand(latents: Tensor) -> Tensor:
-    """``mean over 8 x 8 resampled positions of WEIGHTS . z``, of the first three channels ``[B, 4, h, w]``."""
-    small = F.interpolate(latents[:, :3], size=(8, 8), mode="bilinear", antialias=True)
-    return (torch.tensor(WEIGHTS)[:, None, None] * small).sum(1).mean((1, 2))
-
-
-def gradient() -> Tensor:
-    """Of :func:`by_hand`, the same everywhere: ``[1, 4, 8, 12]``."""
-    latents = torch.zeros(1, 4, 8, 12, requires_grad=True)
-    (found,) = torch.autograd.grad(by_hand(latents).sum(), latents)
-    return found
-
-
-def noise(kind: str, batch: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    drawn = torch.randn(batch, 4, 8, 12, generator=torch.Generator().manual_seed(5)).to(dtype)
-    return diffusers.FluxPipeline._pack_latents(drawn, *drawn.shape) if kind == "flux" else drawn
-
-
-class Recorder:
-    """Notes the latents after every step, before and after another callback acts."""
-
-    def __init__(self, inner: Any = None) -> None:
-        self.inner, self.before, self.after = inner, [], []
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        self.before.append(tensors["latents"].clone())
-        if self.inner is not None:
-            tensors = self.inner(pipe, step, timestep, tensors)
-        self.after.append(tensors["latents"].clone())
-        return tensors
-
-
-def run(pipe: Any, kind: str, callback: Any = None, prompt: Any = "a cat", batch: int = 1, **settings: Any) -> Tensor:
-    """The clean latents of the pipeline's own call."""
-    hook = {} if callback is None else {
-        "callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents"]
-    }  # fmt: skip
-    asked = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "latents": noise(kind, batch), **settings}
-    return pipe(prompt, output_type="latent", **HEIGHT_WIDTH, **asked, **hook, **KINDS[kind].call).images
-
-
-def levels(pipe: Any, kind: str) -> list[float]:
-    """The noise levels of the last call, from the scheduler's own numbers."""
-    scheduler = pipe.scheduler
-    if kind in ("sd3", "flux"):
-        return [float(sigma) for sigma in scheduler.sigmas]
-    visited = [(1 - float(scheduler.alphas_cumprod[int(t)])) ** 0.5 for t in scheduler.timesteps]
-    return [*visited, 0.0]
-
-
-def as_grid(kind: str, latents: Tensor) -> Tensor:
-    return diffusers.FluxPipeline._unpack_latents(latents, *SIZE, 2) if kind == "flux" else latents
+    return open_all(tmp_path_factory)
 
 
 # -- how the latents look
@@ -292,102 +218,6 @@ def test_a_value_that_reads_the_prompt_is_given_it(pipelines, monkeypatch):
     assert set(seen[0].tensors) == set(expected.tensors)
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(seen[0][name], tensor)
-
-
-# -- resampling
-
-
-def resampling(pipe: Any, **settings: Any) -> ResamplingCallback:
-    settings = {"window": (0.4, 0.8), "interval": 2, **settings}
-    return ResamplingCallback(linear_value(pipe), "a cat", **HEIGHT_WIDTH, **settings)
-
-
-@EACH
-def test_equal_values_change_nothing(pipelines, kind):
-    pipe = pipelines[kind]
-    value = linear_value(pipe, (0.0, 0.0, 0.0))
-    callback = ResamplingCallback(value, "a cat", window=(0.0, 1.0), interval=1, particles=3, **HEIGHT_WIDTH)
-    settings = {"batch": 3, "num_images_per_prompt": 3}
-    assert torch.equal(run(pipe, kind, callback, **settings), run(pipe, kind, **settings))
-    assert all(look.ess.tolist() == [3.0] and not look.resampled.any() for look in callback.history)
-    systematic = ResamplingCallback(value, "a cat", resampler="systematic", ess_threshold=1.0, **HEIGHT_WIDTH)
-    assert torch.equal(run(pipe, kind, systematic, **settings), run(pipe, kind, **settings))
-    assert all(look.resampled.all() for look in systematic.history)
-
-
-@EACH
-def test_the_dominating_particle_is_copied(pipelines, kind):
-    """At so high a strength the best latent of each prompt replaces the other two, and only those of its prompt."""
-    pipe = pipelines[kind]
-    callback = ResamplingCallback(
-        linear_value(pipe), ["a cat", "a dog"], strength=1e6, window=(0.4, 0.6), interval=2, **HEIGHT_WIDTH
-    )
-    seen = Recorder(callback)
-    end = run(pipe, kind, seen, ["a cat", "a dog"], 6, num_images_per_prompt=3)
-    (look,) = callback.history
-    step = look.step - 1
-    best = look.values.argmax(1)
-    for prompt in range(2):
-        rows = slice(3 * prompt, 3 * prompt + 3)
-        chosen = seen.before[step][3 * prompt + best[prompt]]
-        assert torch.equal(seen.after[step][rows], chosen.expand_as(seen.after[step][rows]))
-        torch.testing.assert_close(end[rows], end[rows][:1].expand_as(end[rows]), rtol=0, atol=1e-4)
-        assert look.ancestors[prompt].tolist() == [int(best[prompt])] * 3
-    assert not torch.equal(end[0], end[3])
-
-
-def test_weights_are_those_of_value_differences(pipelines):
-    """Carried while the effective sample size is large: ``strength V`` at the last look, by telescoping."""
-    pipe = pipelines["sd3"]
-    callback = resampling(pipe, strength=2.0, ess_threshold=0.0, window=(0.0, 1.0), interval=1)
-    run(pipe, "sd3", callback, batch=3, num_images_per_prompt=3)
-    looks = callback.history
-    assert len(looks) == STEPS - 1
-    for look in looks:
-        weights = (2.0 * look.values.double()).softmax(1)
-        torch.testing.assert_close(look.ess.double(), 1 / weights.square().sum(1), rtol=1e-4, atol=0)
-    torch.testing.assert_close(callback.log_weights, 2.0 * looks[-1].values.double(), rtol=1e-5, atol=1e-6)
-
-
-def test_weights_start_anew_after_resampling(pipelines):
-    """The next weights are ``strength (V_2 - V_1)`` of the survivors and what descends from them."""
-    pipe = with_scheduler(pipelines["sd3"], diffusers.FlowMatchEulerDiscreteScheduler, stochastic_sampling=True)
-    callback = resampling(pipe, strength=30.0, ess_threshold=1.0, window=(0.4, 0.8), interval=1)
-    callback.ess_threshold = 1.0
-    torch.manual_seed(0)
-    run(pipe, "sd3", callback, batch=4, num_images_per_prompt=4)
-    first, second = callback.history[:2]
-    kept = first.values.gather(1, first.ancestors)
-    weights = (30.0 * (second.values - kept).double()).softmax(1)
-    assert len(set(second.values[0].tolist())) == 4, "the scheduler's noise parts copies"
-    torch.testing.assert_close(second.ess.double(), 1 / weights.square().sum(1), rtol=1e-3, atol=0)
-
-
-def test_draws_are_the_seeds(pipelines):
-    pipe = pipelines["sd3"]
-    value, ancestors = linear_value(pipe), []
-    before = torch.random.get_rng_state()
-    for seed in (1, 1, *range(2, 8)):
-        callback = ResamplingCallback(value, "a cat", strength=1.0, ess_threshold=1.0, seed=seed, **HEIGHT_WIDTH)
-        for _ in range(2):
-            run(pipe, "sd3", callback, batch=4, num_images_per_prompt=4)
-            ancestors.append(callback.history[0].ancestors.tolist())
-    assert ancestors[0] == ancestors[1] == ancestors[2] == ancestors[3]
-    assert len({str(drawn) for drawn in ancestors}) > 1
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("scheduler", [PNDMScheduler, DPMSolverMultistepScheduler])
-def test_what_a_scheduler_remembers_follows(pipelines, scheduler, monkeypatch):
-    """A call whose particles are exchanged at a step goes on as one that had begun with them so."""
-    pipe = with_scheduler(pipelines["sd"], scheduler)
-    start, swapped = noise("sd", 3), [2, 2, 0]
-    callback = resampling(pipe, ess_threshold=1.0, window=(0.5, 0.6), particles=3)
-    monkeypatch.setattr(ResamplingCallback, "_resample", lambda *_: torch.tensor([swapped]))
-    exchanged = run(pipe, "sd", callback, num_images_per_prompt=3, latents=start)
-    begun = run(pipe, "sd", num_images_per_prompt=3, latents=start[swapped])
-    torch.testing.assert_close(exchanged, begun, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(begun[0], begun[2], atol=1e-2)
 
 
 # -- mistakes

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections import Counter
 from itertools import pairwise
 
 import attrs
 import pytest
 import torch
-from PIL import Image
 
 from analytic import ExactValue, GaussianBackbone, LinearReward, MomentReward, QuadraticReward, exact_stitched
-from families import write_clip
-from pipelines import write_pipeline
 from stitchvm.core import (
     Ancestral,
     ConfigError,
-    CostMeter,
     Diagnosis,
     MonteCarlo,
     NonFiniteError,
@@ -26,10 +19,7 @@ from stitchvm.core import (
     Sde,
     Stitched,
     Tweedie,
-    cli,
     diagnose,
-    diagnosis_report,
-    registry,
 )
 from stitchvm.core.diagnosis import calibration
 from stitchvm.core.gradients import compare_gradients, cosine
@@ -340,105 +330,3 @@ def test_mistakes_are_one_clear_error(changed, error, message):
              "gradient_rollouts": 2, "rollout_steps": 2, **changed}  # fmt: skip
     with pytest.raises(error, match=message):
         diagnose(GaussianBackbone(), **given, **QUIET)
-
-
-def test_a_folder_holds_each_kernel_and_none_is_repeated(tmp_path, monkeypatch):
-    backbone, reward = GaussianBackbone(), QuadraticReward()
-    estimators = {"tweedie": Tweedie(reward), "mc-1": MonteCarlo(reward, rollouts=1, steps=2)}
-    settings = {"seeds": 3, "steps": 5, "gradient_rollouts": 2, "rollout_steps": 2, **QUIET}
-
-    drawn = []
-    monkeypatch.setattr(
-        diagnosis_report, "diagnosis_panels", lambda part, name, path: [drawn.append(name), path.touch()]
-    )
-
-    def run(kernels, **changed):
-        with CostMeter() as cost:
-            report = diagnosis_report.run_diagnosis(backbone, estimators, reward, ["0", "1"], tmp_path,
-                                                    kernels=kernels, **{**settings, **changed})  # fmt: skip
-        assert json.loads((tmp_path / "diagnosis.json").read_text()) == report
-        return report, cost.passes
-
-    first, spent = run({"sde": Sde()})
-    assert spent["denoiser"] > 0
-    both, _ = run({"ode": Ode(), "sde": Sde()})
-    assert both["kernels"]["sde"] == first["kernels"]["sde"] and list(both["kernels"]) == ["ode", "sde"]
-    assert {path.name for path in tmp_path.glob("*.png")} == {"diagnosis-ode.png", "diagnosis-sde.png"}
-    assert drawn == ["sde", "ode"]
-    assert run({"ode": Ode(), "sde": Sde()}) == (both, Counter()) and len(drawn) == 2
-    (tmp_path / "parts" / "ode.json").write_text("{")
-    assert run({"ode": Ode(), "sde": Sde()})[1]["denoiser"] == spent["denoiser"]
-    for changed in ({"seed": 1}, {"kernels": {"sde": Sde(scale=1.0)}}):
-        assert run(**{"kernels": {"sde": Sde()}, **changed})[1]["denoiser"] == spent["denoiser"]
-    assert drawn == ["sde", "ode", "ode", "sde", "sde"]
-
-
-NAMES = """
-[backbones.tiny-sd3]
-family = "mmdit"
-path = "pipeline"
-resolution = 16
-architecture = { max_sequence_length = 3 }
-[rewards.tiny-clip]
-family = "clip"
-path = "clip"
-"""
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, fresh_registry):
-    """``run("stitch", ...) -> (exit code, output, errors)`` of the command."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stitchvm", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
-
-
-def test_the_command_measures_values_beside_the_others(run, tmp_path):
-    write_pipeline(tmp_path / "pipeline")
-    write_clip(tmp_path / "clip")
-    (tmp_path / "names.toml").write_text(NAMES)
-    registry().add(tmp_path / "names.toml")
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    images = tmp_path / "images"
-    images.mkdir()
-    for number in range(4):
-        Image.new("RGB", (16, 16), (60 * number, 90, 200 - 50 * number)).save(images / f"{number}.png")
-    code, _, err = run("stitch", "tiny-sd3", "tiny-clip", "--images", images, "--out", tmp_path / "value", "--vae",
-                       "--steps", 1, "--batch-size", 4, "--probes", 4)  # fmt: skip
-    assert code == 0, err
-    call = ("diagnose", "tiny-sd3", "--value", tmp_path / "value", "--prompts", tmp_path / "prompts.txt",
-            "--seeds", 3, "--steps", 2, "--sigmas", "0.9", "--estimators", "stitched,tweedie,mc-2", "--kernel", "sde",
-            "--rollout-steps", 1, "--gradient-rollouts", 2, "--gradient-prompts", 1,
-            "--out", tmp_path / "out")  # fmt: skip
-    code, out, err = run(*call, "--json")
-    assert code == 0, err
-    report = json.loads(out)
-    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text()) == report
-    part = report["kernels"]["sde"]
-    assert list(part["estimators"]) == ["stitched", "tweedie", "mc-2"]
-    assert part["settings"]["reward"]["name"] == "tiny-clip" and part["settings"]["guidance_scale"] == 3.0
-    assert part["estimators"]["mc-2"]["cost"]["gradient"]["denoiser"] == 2
-    with Image.open(tmp_path / "out" / "diagnosis-sde.png") as picture:
-        assert picture.format == "PNG" and picture.width > 1000
-    code, out, err = run(*call)
-    assert code == 0, err
-    for words in ("sde samples of 2 prompts", "rank in a prompt", "gradient cosine", "milliseconds", "diagnosis.json"):
-        assert words in out
-
-
-def test_the_command_says_what_is_wrong(run, tmp_path):
-    def error(*options):
-        return run("diagnose", "sd3.5-medium", "--prompts", "none.txt", "--out", tmp_path, *options)[2]
-
-    assert "choose one of both, ode" in error("--kernel", "none")
-    assert "choose one with noise: ancestral" in error("--rollout-kernel", "ode")
-    assert "'mc-0' is none; write stitched, tweedie or mc-N" in error("--estimators", "tweedie,mc-0")
-    assert "name the value model's folder by --value" in error("--estimators", "stitched")
-    assert "--value measures nothing" in error("--estimators", "tweedie", "--value", tmp_path)

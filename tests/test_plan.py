@@ -66,7 +66,7 @@ def planned(pair: tuple[str, str], settings: PlanSettings = SETTINGS) -> Plan:
     return plan_networks(backbone, reward, settings)
 
 
-def real_runs(pair: tuple[str, str], folder: Path) -> dict[str, int]:
+def real_runs(pair: tuple[str, str], taps: tuple[int, ...], folder: Path) -> dict[str, int]:
     """What the jobs of a plan take when twins really do them."""
     backbone, reward = (core.build_twin(record) for record in records(pair))
     side = backbone.native_resolution
@@ -81,7 +81,7 @@ def real_runs(pair: tuple[str, str], folder: Path) -> dict[str, int]:
 
     def search() -> None:
         found["search"] = core.search(
-            backbone, reward, images=source.items, probes=12, batch=4, resolution=side, progress=False
+            backbone, reward, images=source.items, taps=taps, probes=12, batch=4, resolution=side, progress=False
         )
 
     counts["search"] = counted(search)
@@ -109,10 +109,10 @@ def real_runs(pair: tuple[str, str], folder: Path) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
-def test_planned_flops_are_those_of_real_runs(pair, tmp_path):
+@pytest.mark.parametrize(("pair", "taps"), [*((pair, ()) for pair in PAIRS), (("sd1.5", "aesthetic"), (0, 1, 3))])
+def test_planned_flops_are_those_of_real_runs(pair, taps, tmp_path):
     """Exact without a gradient; the fused attention that is planned with computes its scores again going back."""
-    jobs, real = planned(pair).jobs, real_runs(pair, tmp_path)
+    jobs, real = planned(pair, attrs.evolve(SETTINGS, taps=taps)).jobs, real_runs(pair, taps, tmp_path)
     assert set(jobs) == set(real)
     for name, count in real.items():
         assert jobs[name].flops == pytest.approx(count, rel=0.1 if name == "epoch" else 1e-9), name
@@ -226,6 +226,7 @@ def test_the_largest_batch_is_the_last_that_fits():
     [
         ({"resolution": 1001}, core.SliceError, "resolution is 1001; choose a multiple of 8 pixels"),
         ({"resolution": 4096}, core.SliceError, "at most 384"),
+        ({"taps": (24,)}, core.SliceError, "tap 24 is not before the cut at 24"),
         ({"cut": 25}, core.SliceError, "cut 25 is out of range"),
         ({"block": 99}, core.SliceError, "cut 98 is out of range"),
         ({"images": 0}, core.ConfigError, "'images' must be > 0"),

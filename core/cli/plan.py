@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName
+from .options import BackboneName, Taps, numbers
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def command(
     ] = None,
     cut: Annotated[int | None, typer.Option(help="Backbone cut (default: half of its blocks).")] = None,
     block: Annotated[int, typer.Option(help="Reward block to enter before.")] = 1,
+    taps: Taps = None,
     images: Annotated[int, typer.Option(help="Images in an epoch of finetuning.")] = 100_000,
     batch: Annotated[int, typer.Option(help="Examples in a finetune step.")] = 128,
     steps: Annotated[int, typer.Option(help="Denoising steps of a Monte Carlo rollout.")] = 28,
@@ -46,7 +47,7 @@ def command(
 
     found = plan(
         backbone, reward, resolution=resolution, cut=cut, block=block, images=images, batch=batch, steps=steps,
-        rollouts=rollouts,
+        rollouts=rollouts, taps=() if taps is None else numbers(taps, "--taps"),
     )  # fmt: skip
     if as_json:
         print_json(found.report(gpu_memory))
