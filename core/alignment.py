@@ -275,7 +275,8 @@ def estimator_identity(estimator: Estimator | None) -> Any:
         return None
     if isinstance(estimator, Stitched):
         value = estimator.value
-        cuts = attrs.asdict(value.interface())
+        # without taps what it was before there were any, so that runs of then go on
+        cuts = attrs.asdict(value.interface()) | ({"taps": list(value.head.taps)} if value.head.taps else {})
         return {"name": "Stitched", "rewards": list(value.names), **cuts, "weights": weights_digest(value.branches)}
     if isinstance(estimator, Sum):
         return {

@@ -13,6 +13,7 @@ import families
 from analytic import GaussianBackbone, LinearReward
 from stitchvm import core
 from stitchvm.core import artefact
+from stitchvm.core.alignment import estimator_identity
 from stitchvm.core.finetune import FinetuneSettings
 from stitchvm.core.images import open_images
 from stitchvm.core.searching import ProbeStream
@@ -108,6 +109,7 @@ def test_an_artefact_keeps_its_taps(tapped: tuple[core.StitchedValue, Path], mon
     found = value(latents, 0.4, ["a"])
     assert value.head.taps == again.head.taps == (1, 2)
     assert torch.equal(again(latents, 0.4, ["a"]), found)
+    assert estimator_identity(core.Stitched(again))["taps"] == [1, 2]
     assert "blocks 1, 2 tapped" in (folder / "README.md").read_text()
     (gradient,) = torch.autograd.grad(found.sum(), latents)
     assert gradient.abs().sum() > 0
