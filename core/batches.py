@@ -29,6 +29,16 @@ def draw_sigma(kind: str, count: int, generator: torch.Generator) -> Tensor:
     )
 
 
+def share_of(group: Tensor, process: int, processes: int) -> Tensor:
+    """The rows that one of several processes takes of a batch whose groups are ``group [B]`` (-1: in none).
+
+    Rows are dealt out in turn, those of one group together: they are compared with each other. Groups lie side by side.
+    """
+    first = (group < 0) | (group != group.roll(1))
+    first[0] = True
+    return ((first.cumsum(0) - 1) % processes == process).nonzero()[:, 0]
+
+
 @attrs.frozen(eq=False)
 class Batches:
     """Real images and the backbone's own samples, mixed as ``settings`` say.

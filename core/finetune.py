@@ -20,7 +20,7 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .batches import GROUP, Batches
+from .batches import GROUP, Batches, share_of
 from .checkpoints import under
 from .conditions import Condition, concatenate
 from .costs import count
@@ -148,9 +148,7 @@ def finetune(
     value.head.eval()
     for step in track(range(len(losses), settings.steps), "finetune", settings.steps - len(losses), progress):
         optimisers.scale_rates(_schedule(step, settings))
-        # each process takes its own share of the same global batch
-        share = slice(accelerator.process_index, None, accelerator.num_processes)
-        batch = {name: tensor[share].to(value.device) for name, tensor in batches(step).items()}
+        batch, weight = _own_share(batches(step), accelerator, value.device)
         with torch.no_grad(), precision.autocast():
             if balance is not None:
                 batch[_BIN] = balance.bins(batch["sigma"], batch[PROMPT] >= 0)
@@ -159,7 +157,7 @@ def finetune(
             batch |= _clean_states(value, batch.pop(IMAGES, None)) if settings.hidden_weight else {}
         with precision.autocast():
             loss = step_module(features, batch, settings, balance)
-        precision.scaler.scale(loss).backward()
+        precision.scaler.scale(loss * weight).backward()
         optimisers.unscale(precision.scaler)
         torch.nn.utils.clip_grad_norm_(step_module.parameters(), settings.clip_norm)
         losses.append(float(loss.detach()))
@@ -189,6 +187,15 @@ def _clean_states(value: StitchedValue, images: Tensor | None) -> dict[str, Tens
         state = reward.head(reward.preprocess(images.float() / 255), None, cut)
         found |= {f"{name}/{_HIDDEN}{n}": t.float() for n, t in enumerate(reward.hidden_states(state, cut)[1])}
     return found
+
+
+def _own_share(
+    whole: Mapping[str, Tensor], accelerator: Accelerator, device: torch.device
+) -> tuple[dict[str, Tensor], float]:
+    """A process' rows of the global batch, and what its loss counts, relative to the others', in their mean."""
+    rows = share_of(whole[GROUP], accelerator.process_index, accelerator.num_processes)
+    weight = len(rows) * accelerator.num_processes / len(whole[GROUP])
+    return {name: tensor[rows].to(device) for name, tensor in whole.items()}, weight
 
 
 def _balance(value: StitchedValue) -> LevelBalance:
