@@ -17,6 +17,9 @@ from .reward import Reward, RewardOutput
 if TYPE_CHECKING:
     from .finetune import FinetuneSettings
 
+LEAST_SPREAD = 0.01
+"""Of a value over the seeds of a prompt, in spreads of their rewards: what counts as not telling them apart."""
+
 
 def distillation_loss(
     output: RewardOutput,
@@ -58,13 +61,17 @@ def hidden_loss(hidden: Sequence[Tensor], clean: Sequence[Tensor], weigh: Weigh 
 
 
 def predicted_score(reward: Reward, output: RewardOutput, target: Mapping[str, Tensor]) -> Tensor | None:
-    """The scores of the examples whose target has one, against the condition it was read with; None if none has."""
+    """The scores of the examples whose target has one, against the condition it was read with; None if none has.
+
+    In float32: two seeds of a prompt may differ by less than a step of bfloat16.
+    """
     if "score" not in target or bool(target["score"].isnan().all()):
         return None
     rows = ~target["score"].isnan()
     condition = {key.removeprefix(CONDITION): t[rows] for key, t in target.items() if key.startswith(CONDITION)}
     score = None if output.score is None else output.score[rows]
-    return reward.score(RewardOutput(output.tokens[rows], output.embedding[rows], score), Condition(condition))
+    read = RewardOutput(output.tokens[rows], output.embedding[rows].float(), score)
+    return reward.score(read, Condition(condition)).float()
 
 
 def ranking_loss(score: Tensor, target: Tensor, group: Tensor) -> Tensor:
@@ -86,6 +93,7 @@ def ranking_loss(score: Tensor, target: Tensor, group: Tensor) -> Tensor:
     ordered = spread > 1e-12
     if not bool(ordered.any()):
         return score.sum() * 0
-    # the square root's slope is infinite at 0, where a value ignores the seed altogether
-    scale = ((groups @ value.square()).clamp_min(1e-12) * spread.clamp_min(1e-12)).sqrt()
+    # the slope is infinite where a value ignores the seed altogether, or half precision makes two seeds alike
+    least = (LEAST_SPREAD**2 * spread).clamp_min(1e-12)
+    scale = ((groups @ value.square()).clamp_min(least) * spread.clamp_min(1e-12)).sqrt()
     return 1 - ((groups @ (value * truth)) / scale)[ordered].mean()

@@ -17,9 +17,9 @@ RECIPES: dict[str, FinetuneSettings] = {
         steps=280, batch_size=64, learning_rate=1e-3, layer_multiplier=3.0, warmup_steps=30, schedule="cosine",
     ),
     "full": FinetuneSettings(
-        optimiser="muon", steps=2000, batch_size=64, learning_rate=1e-3, layer_multiplier=1.0, matrix_multiplier=3.0,
+        optimiser="muon", steps=1200, batch_size=64, learning_rate=1e-3, layer_multiplier=1.0, matrix_multiplier=3.0,
         warmup_steps=30, schedule="cosine", hidden_weight=1.0, balance_levels=True, decoded=0.5, generated=0.5,
-        on_policy=0.5, seeds_per_prompt=4, rank_weight=0.01, prompted=1.0, mixed_precision="bf16", checkpoint_every=50,
+        on_policy=0.5, seeds_per_prompt=4, rank_weight=0.01, prompted=1.0, checkpoint_every=50,
     ),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from stitchvm.core.examples import CleanBatch, Examples, GenerationSettings, bui
 from stitchvm.core.files import read_tensors
 from stitchvm.core.finetune import FinetuneSettings, finetune
 from stitchvm.core.images import open_images
-from stitchvm.core.objectives import distillation_loss, predicted_score, ranking_loss
+from stitchvm.core.objectives import distillation_loss, predicted_score
 from stitchvm.core.reward import RewardOutput
 from stitchvm.core.stitching import initial_value
 
@@ -191,29 +191,6 @@ def test_too_few_seeds_of_a_prompt_are_an_error(tmp_path: Path) -> None:
     recipe = FinetuneSettings(generated=1.0, seeds_per_prompt=4)
     with pytest.raises(core.ConfigError, match="compares 4 seeds of a prompt, but the samples hold 0"):
         finetune(untrained(LinearReward()), None, recipe, samples=samples, progress=False)
-
-
-def test_ranking_loss_is_one_minus_the_mean_correlation_of_the_groups() -> None:
-    draw = torch.Generator().manual_seed(0)
-    target, score = torch.randn(2, 12, generator=draw)
-    group = torch.tensor([0.0] * 4 + [1.0] * 4 + [-1.0] * 4)
-    target[8:10] = torch.nan
-    truth = [torch.corrcoef(torch.stack([score[k : k + 4], target[k : k + 4]]))[0, 1] for k in (0, 4)]
-    known = ~target.isnan()
-    loss = ranking_loss(score[known], target, group)
-    assert loss == pytest.approx(1 - float(sum(truth)) / 2, abs=1e-6)
-    # neither a shift nor a scale of one group's scores changes it
-    moved = torch.cat([5 * score[:4] + 3, score[4:]])
-    assert ranking_loss(moved[known], target, group) == pytest.approx(float(loss), abs=1e-5)
-    target[:4] = 0.7  # a group without an order drops out
-    assert ranking_loss(score[known], target, group) == pytest.approx(1 - float(truth[1]), abs=1e-6)
-
-
-def test_the_ranking_loss_of_a_value_that_ignores_the_seed_has_a_finite_gradient() -> None:
-    score = torch.full((8,), 0.9, requires_grad=True)
-    target = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    ranking_loss(score, target, torch.zeros(8)).backward()
-    assert score.grad is not None and bool(score.grad.isfinite().all())
 
 
 def test_a_prompted_head_reads_what_the_sample_was_drawn_for(tmp_path: Path) -> None:
