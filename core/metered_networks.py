@@ -76,7 +76,8 @@ class MeteredBackbone:
     def read_at(self, cut: int, taps: Sequence[int] = ()) -> Shape:
         """What a layer at ``cut`` reads with those ``taps`` that come before it, at the finest one's resolution."""
         grids = [self.grids[read] for read in (*taps_before(taps, cut), cut)]
-        return (sum(channels for channels, *_ in grids), *max(tuple(sides) for _, *sides in grids))
+        height, width = max((height, width) for _, height, width in grids)
+        return sum(channels for channels, *_ in grids), height, width
 
 
 @attrs.frozen(eq=False)

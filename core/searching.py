@@ -131,7 +131,9 @@ class JointSearch:
         reports = [found.report() for found in self.results.values()]
         if len(reports) == 1:
             return reports[0]
-        shared = {key: reports[0][key] for key in ("backbone", "criterion", "probes", "taps") if key in reports[0]}
+        shared: dict[str, Any] = {
+            key: reports[0][key] for key in ("backbone", "criterion", "probes", "taps") if key in reports[0]
+        }
         best = {"i": next(iter(self.best.values())).i, "j": {name: cut.j for name, cut in self.best.items()}}
         loss = [{"i": i, "loss": loss} for i, loss in self.loss.items()]
         return {**shared, "best": best, "loss": loss, "rewards": reports}

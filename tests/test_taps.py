@@ -32,7 +32,7 @@ def test_a_tapped_head_hands_out_what_the_whole_network_has_there(name: str) -> 
     network = build()
     x, condition = example(network)
     grids = dict(network.features(x, condition))
-    taps, cut = (0, 1, network.depth - 1), network.depth
+    taps, cut = (0, network.depth // 2, network.depth - 1), network.depth
     size = max(grids[k].shape[-2:] for k in (*taps, cut))
     expected = torch.cat([
         grids[k] if grids[k].shape[-2:] == size
@@ -87,14 +87,14 @@ def test_a_layer_reads_only_the_taps_before_its_cut() -> None:
 
 @pytest.fixture(scope="module")
 def tapped(tmp_path_factory: pytest.TempPathFactory) -> tuple[core.StitchedValue, Path]:
-    """A value model of the registry's twins with two taps, and where it was saved."""
+    """A value model of the registry's twins with two taps (and one at the cut itself), and where it was saved."""
     backbone = core.build_twin(core.registry().backbone("sd3.5-medium"))
     reward = core.build_twin(core.registry().reward("clip-vit-l-14-336"))
     side, draw = backbone.native_resolution, torch.Generator().manual_seed(0)
     folder = tmp_path_factory.mktemp("tapped")
     value = core.stitch(
         backbone, reward, images=list(torch.rand(8, 3, side, side, generator=draw)), out=folder, cuts=(3,), blocks=(1,),
-        taps=(1, 2), probes=8, recipe=FinetuneSettings(steps=2, batch_size=4), progress=False,
+        taps=(1, 2, 3), probes=8, recipe=FinetuneSettings(steps=2, batch_size=4), progress=False,
     )  # fmt: skip
     return value, folder
 
