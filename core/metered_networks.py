@@ -17,8 +17,7 @@ from .loading import as_dtype
 from .metering import metered
 from .objectives import distillation_loss
 from .reward import Reward, Tail
-from .searching import taps_before
-from .slicing import Head, Sliced
+from .slicing import Head, Sliced, taps_before
 from .value import Branch, Interface
 
 META = torch.device("meta")

@@ -295,11 +295,6 @@ def _features(
             return
 
 
-def taps_before(taps: Sequence[int], cut: int) -> tuple[int, ...]:
-    """Those ``taps`` that a layer at ``cut`` reads beside the features there: none after it, none at the latent."""
-    return tuple(tap for tap in taps if tap < cut)
-
-
 @attrs.define(eq=False)
 class _Fit:
     """One reward's running statistics: a regression a backbone cut, and its prefix tokens a block."""

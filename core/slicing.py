@@ -343,3 +343,8 @@ def checked_taps(network: Sliced, taps: Sequence[int], cut: int) -> tuple[int, .
         if tap >= cut:
             raise SliceError(f"{type(network).__name__}: tap {tap} is not before the cut at {cut}; leave it out.")
     return found
+
+
+def taps_before(taps: Sequence[int], cut: int) -> tuple[int, ...]:
+    """Those ``taps`` that a layer at ``cut`` reads beside the features there: none after it, none at the latent."""
+    return tuple(tap for tap in taps if tap < cut)

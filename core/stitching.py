@@ -24,8 +24,8 @@ from .joint import JointReward, checked_weights, load_rewards
 from .loading import load_backbone, name_of
 from .provenance import network_identity
 from .reward import Reward
-from .searching import JointSearch, SearchResult, search_jointly, taps_before
-from .slicing import LATENT, Head
+from .searching import JointSearch, SearchResult, search_jointly
+from .slicing import LATENT, Head, taps_before
 from .value import Branch, Interface, StitchedValue
 
 VAE_STITCHING: dict[str, Any] = {"cuts": (LATENT,), "blocks": (1,)}
@@ -82,13 +82,14 @@ def stitch(
     ``weights`` (1 each by default). ``images`` is a folder, a dataset or tensors (:func:`open_images`). ``work`` keeps
     the search, the caches and the checkpoint, so that an interrupted call goes on where it stopped (default
     ``out/work``; without either, a temporary folder). ``prompts`` are what generated examples are drawn for (default:
-    the null prompt). ``searched`` is the result of an earlier :func:`search` or :func:`search_jointly`. ``settings``
-    are the fields of :class:`StitchSettings`.
+    the null prompt). ``searched`` is the result of an earlier :func:`search` or :func:`search_jointly`, whose
+    ``cuts``, ``blocks`` and ``taps`` hold. ``settings`` are the fields of :class:`StitchSettings`.
 
     Raises ``UnknownNameError``, ``ConfigError``, ``DataError``, ``WeightsError``, ``OutputError``,
     ``NonFiniteError``, each saying what to do.
     """
     chosen = _settings(settings)
+    _not_searched_again(searched, settings)
     recipe = _conditioned(recipe or FinetuneSettings(seed=chosen.seed), chosen.conditioning)
     folder = make_folder(out) if out is not None else None
     if work is None and folder is None:
@@ -142,6 +143,11 @@ def _settings(given: dict[str, Any]) -> StitchSettings:
         return StitchSettings(**given)
     except ValueError as error:
         raise ConfigError(f"stitch: {error.args[0]}.") from error
+
+
+def _not_searched_again(searched: SearchResult | JointSearch | None, given: Mapping[str, Any]) -> None:
+    if searched is not None and (again := sorted({"blocks", "cuts", "taps"} & set(given))):
+        raise ConfigError(f"stitch takes {', '.join(again)} from searched; leave out the one or the other.")
 
 
 def _conditioned(recipe: FinetuneSettings, conditioning: str | None) -> FinetuneSettings:

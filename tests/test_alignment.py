@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import ClassVar
 
 import attrs
@@ -26,7 +25,6 @@ from stitchvm.core import (
     load_aligner,
     sample,
 )
-from stitchvm.core import cli as command_line
 from stitchvm.core.cli.align import method_settings
 from stitchvm.core.particles import initial_noise
 
@@ -293,19 +291,11 @@ def test_settings_on_the_command_line():
 
 
 @pytest.fixture
-def stitchvm(monkeypatch, capsys):
-    """Runs the command with the analytic networks behind the names; returns exit code, output and errors."""
+def stitchvm(run, monkeypatch):
+    """The command with the analytic networks behind the names."""
     monkeypatch.setattr("stitchvm.core.alignment.load_backbone", lambda name: GaussianBackbone())
     monkeypatch.setattr("stitchvm.core.joint.load_reward", lambda name, device: LinearReward())
-
-    def run_command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stitchvm", *arguments])
-        with pytest.raises(SystemExit) as exit_code:
-            command_line.main()
-        captured = capsys.readouterr()
-        return int(exit_code.value.code or 0), captured.out, captured.err
-
-    return run_command
+    return run
 
 
 def test_the_command_writes_and_reports(stitchvm, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from families import write_clip
 from pipelines import write_pipeline
 from results import summary
-from stitchvm.core import ConfigError, StitchedValue, cli, registry
+from stitchvm.core import ConfigError, StitchedValue, registry
 from stitchvm.core.cli.options import levels, numbers
 from stitchvm.core.cli.stitch import read_recipe
 
@@ -58,18 +57,14 @@ def networks(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(networks, install, monkeypatch, capsys, fresh_registry):
+def run(run, networks, install):
     """``run("search", ...) -> (exit code, output, last line of errors)``."""
     install("noise-data", {"noise_data": DATASET})
     registry().add(networks / "names.toml")
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stitchvm", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, (captured.err.splitlines() or [""])[-1]
+        code, out, errors = run(*arguments)
+        return code, out, (errors.splitlines() or [""])[-1]
 
     return call
 

@@ -9,8 +9,6 @@ import sys
 
 import pytest
 
-from stitchvm.core import cli
-
 HEAVY = (
     "torch",
     "torchvision",
@@ -33,21 +31,6 @@ try:
 finally:
     print("HEAVY", *(name for name in {HEAVY!r} if name in sys.modules))
 """
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, fresh_registry):
-    """Run the command line in this process: ``run("list", "sd3*") -> (exit code, output, errors)``."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stitchvm", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
 import toys
 from mutants import MUTANTS
 from stitchvm import core
-from stitchvm.core import Condition, ConfigError, UnknownNameError, cli
+from stitchvm.core import Condition, ConfigError, UnknownNameError
 from stitchvm.core.testing import (
     AlignerConformance,
     BackboneConformance,
@@ -118,21 +117,6 @@ def test_a_class_of_another_kind_is_refused():
 
     with pytest.raises(ConfigError, match="'draft' is of the kind trainer; derive from TrainerConformance"):
         Steers().test_images()
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: ``run("check", "sample") -> (exit code, output, errors)``."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stitchvm", *arguments])
-        monkeypatch.setenv("COLUMNS", "300")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_the_command(run):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 
-import pytest
 from PIL import Image
 
 from analytic import GaussianBackbone, QuadraticReward
 from families import write_clip
 from pipelines import write_pipeline
-from stitchvm.core import CostMeter, MonteCarlo, Ode, Sde, Tweedie, cli, diagnosis_report, registry
+from stitchvm.core import CostMeter, MonteCarlo, Ode, Sde, Tweedie, diagnosis_report, registry
 
 QUIET = {"guidance_scale": 1.0, "progress": False}
 
@@ -58,21 +56,6 @@ architecture = { max_sequence_length = 3 }
 family = "clip"
 path = "clip"
 """
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, fresh_registry):
-    """``run("stitch", ...) -> (exit code, output, errors)`` of the command."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stitchvm", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_the_command_measures_values_beside_the_others(run, tmp_path):

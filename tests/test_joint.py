@@ -201,6 +201,15 @@ def test_an_earlier_search_must_be_for_the_same_rewards(backbone, found, tmp_pat
         )
 
 
+@pytest.mark.parametrize("given", [{"cuts": (2,)}, {"blocks": (1,), "taps": (1,)}], ids=lambda given: "-".join(given))
+def test_what_was_searched_is_not_chosen_again(backbone, found, tmp_path, given) -> None:
+    with pytest.raises(ConfigError, match=f"stitch takes {', '.join(given)} from searched; leave out"):
+        core.stitch(
+            backbone, twin(DFN), images=torch.rand(4, 3, 16, 16), work=tmp_path, searched=found.results[DFN], **given
+        )
+    assert not list(tmp_path.iterdir())
+
+
 # -- search -----------------------------------------------------------------------------------------------------------
 
 

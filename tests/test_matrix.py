@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from pipelines import write_pipeline
 from reward_families import aesthetic_architecture, write_aesthetic, write_dinov2
-from stitchvm.core import ConfigError, StitchedValue, cli, matrix, registry, world_values
+from stitchvm.core import ConfigError, StitchedValue, matrix, registry, world_values
 from stitchvm.core.matrix import run_matrix
 from stitchvm.core.matrix_report import COLUMNS
 from stitchvm.core.worlds import PAIRS, Scale, World
@@ -98,21 +97,6 @@ def unrated(networks, install, fresh_registry) -> None:
     """The same world with a dataset that has no ratings."""
     install("toy-data", {"toy_data": DATASET})
     registry().add(networks / "names.toml")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """``run(...) -> (exit code, output, errors)``."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stitchvm", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 from stitchvm import core
-from stitchvm.core import ConfigError, OutputError, WeightsError, cli
+from stitchvm.core import ConfigError, OutputError, WeightsError
 from stitchvm.core.records import PLUGIN_KINDS
 from stitchvm.core.scaffold import TEMPLATES, new_plugin, plugin_files
 from stitchvm.core.testing import examine
@@ -98,18 +99,10 @@ def test_every_template_is_used():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command in an empty folder: ``run("name", "--kind", "reward") -> (exit code, output, errors)``."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stitchvm", "new-plugin", *arguments])
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
+def run(run, monkeypatch, tmp_path):
+    """Run the command in an empty folder: ``run("name", "--kind", "reward")``."""
+    monkeypatch.chdir(tmp_path)
+    return partial(run, "new-plugin")
 
 
 def test_the_command_writes_beside_you(run, tmp_path):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -20,7 +20,6 @@ import reward_families
 from families import clip_architecture, write_clip
 from pipelines import KINDS, pipeline_record, write_pipeline
 from stitchvm import core
-from stitchvm.core import cli
 from stitchvm.core.examples import build_examples, from_images
 from stitchvm.core.finetune import FinetuneSettings, finetune
 from stitchvm.core.images import open_images
@@ -239,16 +238,8 @@ def test_a_plan_that_cannot_be_made(settings, error, said):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stitchvm", "plan", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
+def run(run):
+    return partial(run, "plan")
 
 
 def test_the_command_plans_flux_in_seconds(run):

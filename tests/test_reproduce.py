@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from stitchvm.core import (
     StitchedValue,
     VariancePreservingPath,
     alignment_plots,
-    cli,
     load_backbone,
     load_reward,
     registry,
@@ -86,21 +84,6 @@ def several(networks, install, fresh_registry) -> None:
 def models(networks, tmp_path_factory) -> Path:
     """Value models, empty until a test has stitched some; the tests after it only read them."""
     return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """``run(...) -> (exit code, output, errors)``."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stitchvm", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

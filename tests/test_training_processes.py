@@ -58,15 +58,15 @@ assert 0.45 * whole < held < 0.55 * whole, (held, whole)
 """
 
 
-def start_two(script: str, folder: Path, names: tuple[str, str] = ("0", "1")) -> list[subprocess.Popen[bytes]]:
-    """Two processes of one group (gloo), as a launcher starts them; each is told its name."""
+def start_two(script: str, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Two processes of one group (gloo), as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     here = str(Path(__file__).parent)
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     return [
-        subprocess.Popen([sys.executable, "-c", script, here, str(folder), names[int(rank)]],
+        subprocess.Popen([sys.executable, "-c", script, here, str(folder)],
                          env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank})
         for rank in ("0", "1")
     ]  # fmt: skip
