@@ -22,7 +22,7 @@ from .finetune import FinetuneSettings, finetune
 from .images import ImageSource, open_images
 from .joint import JointReward, checked_weights, load_rewards
 from .loading import load_backbone, name_of
-from .provenance import network_identity
+from .provenance import network_identity, weights_digest
 from .reward import Reward
 from .searching import JointSearch, SearchResult, search_jointly
 from .slicing import LATENT, Head, taps_before
@@ -73,6 +73,7 @@ def stitch(
     prompts: Sequence[str] | None = None,
     recipe: FinetuneSettings | None = None,
     searched: SearchResult | JointSearch | None = None,
+    start_from: str | Path | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> StitchedValue:
@@ -83,40 +84,38 @@ def stitch(
     the search, the caches and the checkpoint, so that an interrupted call goes on where it stopped (default
     ``out/work``; without either, a temporary folder). ``prompts`` are what generated examples are drawn for (default:
     the null prompt). ``searched`` is the result of an earlier :func:`search` or :func:`search_jointly`, whose
-    ``cuts``, ``blocks`` and ``taps`` hold. ``settings`` are the fields of :class:`StitchSettings`.
+    ``cuts``, ``blocks`` and ``taps`` hold. ``start_from`` is a value model of the same pair, whose layers and tails are
+    finetuned further in place of a search and its closed form. ``settings`` are the fields of :class:`StitchSettings`.
 
-    Raises ``UnknownNameError``, ``ConfigError``, ``DataError``, ``WeightsError``, ``OutputError``,
+    Raises ``UnknownNameError``, ``ConfigError``, ``DataError``, ``WeightsError``, ``ArtefactError``, ``OutputError``,
     ``NonFiniteError``, each saying what to do.
     """
     chosen = _settings(settings)
-    _not_searched_again(searched, settings)
+    _chosen_once(searched, start_from, settings)
     recipe = _conditioned(recipe or FinetuneSettings(seed=chosen.seed), chosen.conditioning)
     folder = make_folder(out) if out is not None else None
     if work is None and folder is None:
         with tempfile.TemporaryDirectory(prefix="stitchvm-") as temporary:
             return stitch(
                 backbone, reward, images=images, work=temporary, weights=weights, prompts=prompts, recipe=recipe,
-                searched=searched, progress=progress, **settings,
+                searched=searched, start_from=start_from, progress=progress, **settings,
             )  # fmt: skip
     work = make_folder(work if work is not None else folder / "work")  # type: ignore[operator]
     backbone, rewards, source = load_backbone(backbone), load_rewards(reward), open_images(images, chosen.count)
     if weights is None and isinstance(reward, JointReward):
         weights = reward.weights
-    weights = checked_weights(tuple(rewards), weights)
-    fixed = _fixed(chosen.interface, rewards)
+    if weights is not None:
+        weights = checked_weights(tuple(rewards), weights)
     with CostMeter() as cost:
-        result = _known(searched, rewards) or run_search(backbone, rewards, source, chosen, progress)
-        cuts = fixed or result.best
-        value = joined(backbone, rewards, result.results, cuts, weights, positions=chosen.positions)
+        if start_from is None:
+            value = _closed_form(backbone, rewards, source, searched, weights, chosen, progress)
+        else:
+            value = _begun(start_from, backbone, rewards, weights)
         value.prompted = recipe.prompted > 0
         # before hours of sampling, should any be missing
         read = _encoded(backbone, prompts) if value.prompted else None
         real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress)
-        # those without taps are keyed as if there were none to choose
-        taps = {"taps": value.head.taps} if value.head.taps else {}
-        run = {"interface": {"i": value.head.cut, "j": _one_or_all([cut.j for cut in cuts.values()]), **taps},
-               "positions": chosen.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
-               "pair": [network_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
+        run = _run_identity(value, backbone, rewards, recipe, source, chosen, start_from)
         checkpoint = work / f"finetune-{cache_key(run)}"
         losses = finetune(
             value, real, recipe, samples=generated, prompts=read, checkpoint=checkpoint, progress=progress
@@ -124,7 +123,7 @@ def stitch(
     value.requires_grad_(False)
     value.provenance = Provenance(
         recipe=attrs.asdict(recipe),
-        search=result.report(),
+        search=value.provenance.search,
         metrics={"final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 6), "skipped_images": len(source.skipped)},
         cost=cost.report(),
         seed=recipe.seed,
@@ -145,9 +144,72 @@ def _settings(given: dict[str, Any]) -> StitchSettings:
         raise ConfigError(f"stitch: {error.args[0]}.") from error
 
 
-def _not_searched_again(searched: SearchResult | JointSearch | None, given: Mapping[str, Any]) -> None:
-    if searched is not None and (again := sorted({"blocks", "cuts", "taps"} & set(given))):
-        raise ConfigError(f"stitch takes {', '.join(again)} from searched; leave out the one or the other.")
+def _chosen_once(
+    searched: SearchResult | JointSearch | None, start_from: str | Path | None, given: Mapping[str, Any]
+) -> None:
+    """:class:`ConfigError` for settings that a search or an earlier value model has already chosen."""
+    if searched is not None and start_from is not None:
+        raise ConfigError("stitch begins with searched or with start_from; leave out the one or the other.")
+    if searched is not None:
+        source, fixed = "searched", {"blocks", "cuts", "taps"}
+    elif start_from is not None:
+        source, fixed = "start_from", {"blocks", "cuts", "taps", "interface", "positions"}
+    else:
+        return
+    if again := sorted(fixed & set(given)):
+        raise ConfigError(f"stitch takes {', '.join(again)} from {source}; leave out the one or the other.")
+
+
+def _closed_form(
+    backbone: Backbone,
+    rewards: Mapping[str, Reward],
+    source: ImageSource,
+    searched: SearchResult | JointSearch | None,
+    weights: Sequence[float] | None,
+    settings: StitchSettings,
+    progress: bool,
+) -> StitchedValue:
+    """Stage 1, unless it was done before: the best value model without training, the search in its provenance."""
+    fixed = _fixed(settings.interface, rewards)
+    result = _known(searched, rewards) or run_search(backbone, rewards, source, settings, progress)
+    value = joined(backbone, rewards, result.results, fixed or result.best, weights, positions=settings.positions)
+    value.provenance = Provenance(search=result.report())
+    return value
+
+
+def _begun(
+    start_from: str | Path, backbone: Backbone, rewards: Mapping[str, Reward], weights: Sequence[float] | None
+) -> StitchedValue:
+    """A saved value model to be trained further, what made it in its provenance; :class:`ConfigError` when it is of
+    other rewards."""
+    begun = StitchedValue.from_pretrained(start_from, backbone=backbone, device=backbone.device)
+    if begun.names != tuple(rewards):
+        raise ConfigError(
+            f"{str(start_from)!r} is a value model of {', '.join(begun.names)}, but {', '.join(rewards)} is asked for."
+        )
+    branches: dict[str, Any] = dict(zip(begun.names, begun.branches.requires_grad_(True), strict=True))
+    made = Provenance(search={"start_from": {"path": str(start_from), **attrs.asdict(begun.provenance)}})
+    return StitchedValue(
+        begun.head, branches, backbone.null_condition(), begun.weights if weights is None else weights, rewards, made
+    )
+
+
+def _run_identity(
+    value: StitchedValue,
+    backbone: Backbone,
+    rewards: Mapping[str, Reward],
+    recipe: FinetuneSettings,
+    source: ImageSource,
+    settings: StitchSettings,
+    start_from: str | Path | None,
+) -> dict[str, Any]:
+    """What a finetune is known by; one that takes taps or an earlier value model says so, others need not."""
+    blocks = _one_or_all([value.interface(name).j for name in rewards])
+    taps = {"taps": value.head.taps} if value.head.taps else {}
+    run = {"interface": {"i": value.head.cut, "j": blocks, **taps},
+           "positions": settings.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
+           "pair": [network_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
+    return run if start_from is None else {**run, "start_from": weights_digest(value.branches)}
 
 
 def _conditioned(recipe: FinetuneSettings, conditioning: str | None) -> FinetuneSettings:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from families import write_clip
 from pipelines import write_pipeline
@@ -160,6 +161,31 @@ def test_stitch_evaluate_align_and_compare(run, tmp_path):
     assert code == 0 and "best-of-n" in out and "±" in out
 
 
+def test_a_value_model_is_finetuned_further(run, tmp_path, monkeypatch):
+    """From its own weights, cut as it was, without a search; more steps of one that never moves change nothing."""
+    first, again, still = tmp_path / "first", tmp_path / "again", ("--batch-size", 4, "--count", 8, "--json")
+    both = ("stitch", "tiny-sd3", "tiny-clip,tiny-other", "--images", "noise")
+    assert run(*both, "--out", first, *SHORT, "--taps", "0", "--weights", "1,0.5", "--count", 8)[0] == 0
+    monkeypatch.setattr("stitchvm.core.stitching.search_jointly", None)
+    code, _, err = run(*both, "--start-from", first, "--out", again, "--steps", 1, "--learning-rate", 1e-12, *still)
+    assert code == 0, err
+    begun, gone_on = (StitchedValue.from_pretrained(folder) for folder in (first, again))
+    assert gone_on.names == begun.names and gone_on.weights == (1.0, 0.5)
+    assert [gone_on.interface(name) for name in gone_on.names] == [begun.interface(name) for name in begun.names]
+    assert gone_on.head.taps == begun.head.taps == (0,)
+    ours, theirs = gone_on.branches.state_dict(), begun.branches.state_dict()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-9) for name in theirs)
+    made = gone_on.provenance.search["start_from"]
+    assert made["path"] == str(first) and made["recipe"]["steps"] == 2 and made["search"] == begun.provenance.search
+    # another value model to begin with is another finetune
+    moved, last = tmp_path / "moved", ("--out", tmp_path / "last", "--steps", 1, *still)
+    assert run(*both, "--start-from", first, "--out", moved, "--steps", 1, "--learning-rate", 0.1, *still)[0] == 0
+    assert run(*both, "--start-from", first, *last)[0] == run(*both, "--start-from", moved, *last)[0] == 0
+    assert len(list((tmp_path / "last" / "work").glob("finetune-*"))) == 2
+    code, _, err = run("stitch", *PAIR, "--start-from", first, "--out", again, "--steps", 1)
+    assert code == 2 and "is a value model of tiny-clip, tiny-other, but tiny-clip is asked for" in err
+
+
 def test_skipped_images_are_named(run, tmp_path):
     from PIL import Image
 
@@ -189,6 +215,9 @@ def test_skipped_images_are_named(run, tmp_path):
         (("stitch", "tiny-sd3", "tiny-clip,", "--images", "noise", "--out", "OUT"), "write one name, or several"),
         (("stitch", "tiny-sd3", "tiny-clip,tiny-clip", "--images", "noise", "--out", "OUT"), "given twice"),
         (("stitch", *PAIR, "--out", "OUT", "--interface", "1,1", "--vae"), "give one of them"),
+        (("stitch", *PAIR, "--out", "OUT", "--cuts", "1", "--start-from", "x"), "give one of them"),
+        (("stitch", *PAIR, "--out", "OUT", "--taps", "1", "--start-from", "x"), "stitch takes taps from start_from"),
+        (("stitch", *PAIR, "--out", "OUT", "--start-from", "no-such"), "'no-such' holds no value model"),
         (("evaluate", "OUT", "--data", "noise"), "neither a value model"),
         (("evaluate", "OUT"), "--data"),
         (("evaluate", "OUT", "OUT"), "align.json"),

@@ -53,6 +53,10 @@ def command(
     cuts: Cuts = None,
     blocks: Blocks = "1-4",
     taps: Taps = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Finetune this value model of the pair further, without a search."),
+    ] = None,
     probes: Annotated[int, typer.Option(help="Images to judge every pair of cuts on.")] = 200,
     criterion: Annotated[str, typer.Option(help="functional, unexplained or mse.")] = "functional",
     as_json: Json = False,
@@ -76,8 +80,8 @@ def command(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples, probes=probes,
         generation=GenerationSettings(steps=sampling_steps), criterion=criterion, seed=settings.seed,
-        conditioning=conditioning, taps=() if taps is None else numbers(taps, "--taps"),
-        **_where(interface, vae, cuts, blocks),
+        conditioning=conditioning, start_from=start_from,
+        **_where(interface, vae, cuts, blocks, taps, start_from),
     )  # fmt: skip
     warn_skipped(source)
     report = _report(value, out)
@@ -105,20 +109,25 @@ def read_recipe(source: str, changes: dict[str, Any]) -> FinetuneSettings:
     return structure(FinetuneSettings, {**table, **changes}, source)
 
 
-def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str) -> dict[str, Any]:
-    """The settings that say where to cut."""
+def _where(
+    interface: str | None, vae: bool, cuts: str | None, blocks: str, taps: str | None, start_from: Path | None
+) -> dict[str, Any]:
+    """The settings that say where to cut; none where an earlier value model does."""
     from ..stitching import VAE_STITCHING
 
-    if sum((interface is not None, vae, cuts is not None)) > 1:
-        raise ConfigError("--interface, --vae and --cuts each say where to cut; give one of them.")
+    if sum((interface is not None, vae, cuts is not None, start_from is not None)) > 1:
+        raise ConfigError("--interface, --vae, --cuts and --start-from each say where to cut; give one of them.")
+    beside = {} if taps is None else {"taps": numbers(taps, "--taps")}
+    if start_from is not None:
+        return beside
     if interface is not None:
         if not re.fullmatch(r"\d+(,\d+)+", interface):
             raise ConfigError(f"--interface is {interface!r}; write backbone cut and reward block, such as 4,1.")
-        return {"interface": tuple(int(part) for part in interface.split(","))}
+        return {"interface": tuple(int(part) for part in interface.split(",")), **beside}
     entered = {"blocks": numbers(blocks, "--blocks")}
     if vae:
-        return VAE_STITCHING
-    return {"cuts": None if cuts is None else numbers(cuts, "--cuts"), **entered}
+        return {**VAE_STITCHING, **beside}
+    return {"cuts": None if cuts is None else numbers(cuts, "--cuts"), **entered, **beside}
 
 
 def _report(value: StitchedValue, out: Path) -> dict[str, Any]:
