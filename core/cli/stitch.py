@@ -28,7 +28,7 @@ def command(
     weights: Annotated[
         str | None, typer.Option(metavar="LIST", help="Of the rewards in the value, such as 1,0.5 (default: 1 each).")
     ] = None,
-    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="paper, full, quick, or a TOML file.")] = "paper",
+    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="paper, quick, full, further, or TOML.")] = "paper",
     steps: Annotated[int | None, typer.Option(help=f"Finetune steps {_SAME}.")] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"Latents a step {_SAME}.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help=f"Of the tail {_SAME}.")] = None,
