@@ -12,7 +12,7 @@ from stitchvm.core import ConfigError
 from stitchvm.core.training_reproduction import _time_to_match, reproduce_training
 from stitchvm.core.training_tables import TRAINING_TABLES, TrainingScale
 from stitchvm.core.worlds import Scale
-from test_reproduce import networks, run, world  # noqa: F401  (fixtures)
+from test_reproduce import networks, world  # noqa: F401  (fixtures)
 
 TINY = TrainingScale(updates=2, prompts=2, samples=2, steps=4, evaluate_every=1, evaluation_prompts=2, seeds=(0, 1))
 STITCHING = Scale(images=8, steps=2, probes=8)
