@@ -108,14 +108,17 @@ def stitch(
         weights = checked_weights(tuple(rewards), weights)
     with CostMeter() as cost:
         if start_from is None:
-            value = _closed_form(backbone, rewards, source, searched, weights, chosen, progress)
+            found = _known(searched, rewards) or run_search(backbone, rewards, source, chosen, progress)
+            value = _closed_form(backbone, rewards, found, weights, chosen)
         else:
             value = _begun(start_from, backbone, rewards, weights)
         value.prompted = recipe.prompted > 0
         # before hours of sampling, should any be missing
         read = _encoded(backbone, prompts) if value.prompted else None
         real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress)
-        run = _run_identity(value, backbone, rewards, recipe, source, chosen, start_from)
+        run = _run_identity(value, recipe, source, chosen)
+        if start_from is not None:
+            run |= {"start_from": weights_digest(value.branches)}
         checkpoint = work / f"finetune-{cache_key(run)}"
         losses = finetune(
             value, real, recipe, samples=generated, prompts=read, checkpoint=checkpoint, progress=progress
@@ -151,9 +154,10 @@ def _chosen_once(
     if searched is not None and start_from is not None:
         raise ConfigError("stitch begins with searched or with start_from; leave out the one or the other.")
     if searched is not None:
-        source, fixed = "searched", {"blocks", "cuts", "taps"}
+        source, fixed = "searched", {"blocks", "criterion", "cuts", "probes", "taps"}
     elif start_from is not None:
-        source, fixed = "start_from", {"blocks", "cuts", "taps", "interface", "positions"}
+        source = "start_from"
+        fixed = {"blocks", "criterion", "cuts", "interface", "positions", "probes", "taps"}
     else:
         return
     if again := sorted(fixed & set(given)):
@@ -163,17 +167,14 @@ def _chosen_once(
 def _closed_form(
     backbone: Backbone,
     rewards: Mapping[str, Reward],
-    source: ImageSource,
-    searched: SearchResult | JointSearch | None,
+    found: JointSearch,
     weights: Sequence[float] | None,
     settings: StitchSettings,
-    progress: bool,
 ) -> StitchedValue:
-    """Stage 1, unless it was done before: the best value model without training, the search in its provenance."""
-    fixed = _fixed(settings.interface, rewards)
-    result = _known(searched, rewards) or run_search(backbone, rewards, source, settings, progress)
-    value = joined(backbone, rewards, result.results, fixed or result.best, weights, positions=settings.positions)
-    value.provenance = Provenance(search=result.report())
+    """The best value model without training, or the one at a given interface, the search in its provenance."""
+    cuts = _fixed(settings.interface, rewards) or found.best
+    value = joined(backbone, rewards, found.results, cuts, weights, positions=settings.positions)
+    value.provenance = Provenance(search=found.report())
     return value
 
 
@@ -195,21 +196,15 @@ def _begun(
 
 
 def _run_identity(
-    value: StitchedValue,
-    backbone: Backbone,
-    rewards: Mapping[str, Reward],
-    recipe: FinetuneSettings,
-    source: ImageSource,
-    settings: StitchSettings,
-    start_from: str | Path | None,
+    value: StitchedValue, recipe: FinetuneSettings, source: ImageSource, settings: StitchSettings
 ) -> dict[str, Any]:
-    """What a finetune is known by; one that takes taps or an earlier value model says so, others need not."""
-    blocks = _one_or_all([value.interface(name).j for name in rewards])
+    """What a finetune is known by; one that takes taps says so, others need not."""
+    blocks = _one_or_all([value.interface(name).j for name in value.names])
     taps = {"taps": value.head.taps} if value.head.taps else {}
-    run = {"interface": {"i": value.head.cut, "j": blocks, **taps},
-           "positions": settings.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
-           "pair": [network_identity(network) for network in (backbone, *rewards.values())]}  # fmt: skip
-    return run if start_from is None else {**run, "start_from": weights_digest(value.branches)}
+    pair = (value.head.part, *(value.reward(name) for name in value.names))
+    return {"interface": {"i": value.head.cut, "j": blocks, **taps},
+            "positions": settings.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
+            "pair": [network_identity(network) for network in pair]}  # fmt: skip
 
 
 def _conditioned(recipe: FinetuneSettings, conditioning: str | None) -> FinetuneSettings:

@@ -77,12 +77,12 @@ class WorldStitcher:
     ) -> StitchedValue:
         """Stage 2, cut ``where`` says (by default a search's best); what :func:`~stitchvm.core.stitch` raises."""
         scale, prompts = self.scale, None
+        searching = {} if "searched" in where else {"probes": scale.probes}
         if self.recipe.generated > 0:
             prompts = self.dataset.prompts("train", max(scale.samples // self.recipe.seeds_per_prompt, 1), self.seed)
         return stitch(
             backbone, reward, images=self.pictures(reward), out=out, work=work, recipe=self.recipe, prompts=prompts,
-            count=scale.images, samples=scale.samples, probes=scale.probes, seed=self.seed, progress=self.progress,
-            **where,
+            count=scale.images, samples=scale.samples, seed=self.seed, progress=self.progress, **searching, **where,
         )  # fmt: skip
 
     def once(self, backbone: Backbone, reward: Reward | JointReward, folder: Path) -> Path:

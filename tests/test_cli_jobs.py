@@ -217,6 +217,10 @@ def test_skipped_images_are_named(run, tmp_path):
         (("stitch", *PAIR, "--out", "OUT", "--interface", "1,1", "--vae"), "give one of them"),
         (("stitch", *PAIR, "--out", "OUT", "--cuts", "1", "--start-from", "x"), "give one of them"),
         (("stitch", *PAIR, "--out", "OUT", "--taps", "1", "--start-from", "x"), "stitch takes taps from start_from"),
+        (
+            ("stitch", *PAIR, "--out", "OUT", "--probes", "8", "--start-from", "x"),
+            "stitch takes probes from start_from",
+        ),
         (("stitch", *PAIR, "--out", "OUT", "--start-from", "no-such"), "'no-such' holds no value model"),
         (("evaluate", "OUT", "--data", "noise"), "neither a value model"),
         (("evaluate", "OUT"), "--data"),

@@ -196,12 +196,12 @@ def test_a_joint_reward_brings_its_weights(backbone, rewards, tmp_path) -> None:
 
 def test_an_earlier_search_must_be_for_the_same_rewards(backbone, found, tmp_path) -> None:
     with pytest.raises(ConfigError, match=f"the search was for {DFN}, but the value is for {DFN}, {HPS}"):
-        core.stitch(
-            backbone, [twin(DFN), twin(HPS)], work=tmp_path, searched=found.results[DFN], recipe=SHORT, **PROBES
-        )
+        core.stitch(backbone, [twin(DFN), twin(HPS)], images=pictures(), work=tmp_path, searched=found.results[DFN])
 
 
-@pytest.mark.parametrize("given", [{"cuts": (2,)}, {"blocks": (1,), "taps": (1,)}], ids=lambda given: "-".join(given))
+@pytest.mark.parametrize(
+    "given", [{"cuts": (2,)}, {"blocks": (1,), "taps": (1,)}, {"criterion": "mse", "probes": 8}], ids="-".join
+)
 def test_what_was_searched_is_not_chosen_again(backbone, found, tmp_path, given) -> None:
     with pytest.raises(ConfigError, match=f"stitch takes {', '.join(given)} from searched; leave out"):
         core.stitch(

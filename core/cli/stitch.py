@@ -57,8 +57,8 @@ def command(
         Path | None,
         typer.Option(metavar="DIR", help="Finetune this value model of the pair further, without a search."),
     ] = None,
-    probes: Annotated[int, typer.Option(help="Images to judge every pair of cuts on.")] = 200,
-    criterion: Annotated[str, typer.Option(help="functional, unexplained or mse.")] = "functional",
+    probes: Annotated[int | None, typer.Option(help="Images to judge every pair of cuts on (default: 200).")] = None,
+    criterion: Annotated[str | None, typer.Option(help="functional (the default), unexplained or mse.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a value model: search the best cuts, join the halves, finetune, save.
@@ -73,15 +73,17 @@ def command(
     given = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "generated": generated, "seed": seed
     }  # fmt: skip
-    settings = read_recipe(recipe, {key: value for key, value in given.items() if value is not None})
+    settings = read_recipe(recipe, _given(given))
     source = open_images(images, count)
     asked = None if prompts is None else open_prompts(prompts, max(samples // settings.seeds_per_prompt, 1))
+    searching = {
+        "taps": None if taps is None else numbers(taps, "--taps"), "probes": probes, "criterion": criterion
+    }  # fmt: skip
     value = stitch(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
-        weights=None if weights is None else reals(weights, "--weights"), samples=samples, probes=probes,
-        generation=GenerationSettings(steps=sampling_steps), criterion=criterion, seed=settings.seed,
-        conditioning=conditioning, start_from=start_from,
-        **_where(interface, vae, cuts, blocks, taps, start_from),
+        weights=None if weights is None else reals(weights, "--weights"), samples=samples,
+        generation=GenerationSettings(steps=sampling_steps), seed=settings.seed, conditioning=conditioning,
+        start_from=start_from, **_where(interface, vae, cuts, blocks, start_from), **_given(searching),
     )  # fmt: skip
     warn_skipped(source)
     report = _report(value, out)
@@ -109,25 +111,26 @@ def read_recipe(source: str, changes: dict[str, Any]) -> FinetuneSettings:
     return structure(FinetuneSettings, {**table, **changes}, source)
 
 
-def _where(
-    interface: str | None, vae: bool, cuts: str | None, blocks: str, taps: str | None, start_from: Path | None
-) -> dict[str, Any]:
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: option for name, option in options.items() if option is not None}
+
+
+def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str, start_from: Path | None) -> dict[str, Any]:
     """The settings that say where to cut; none where an earlier value model does."""
     from ..stitching import VAE_STITCHING
 
     if sum((interface is not None, vae, cuts is not None, start_from is not None)) > 1:
         raise ConfigError("--interface, --vae, --cuts and --start-from each say where to cut; give one of them.")
-    beside = {} if taps is None else {"taps": numbers(taps, "--taps")}
     if start_from is not None:
-        return beside
+        return {}
     if interface is not None:
         if not re.fullmatch(r"\d+(,\d+)+", interface):
             raise ConfigError(f"--interface is {interface!r}; write backbone cut and reward block, such as 4,1.")
-        return {"interface": tuple(int(part) for part in interface.split(",")), **beside}
-    entered = {"blocks": numbers(blocks, "--blocks")}
+        return {"interface": tuple(int(part) for part in interface.split(","))}
     if vae:
-        return {**VAE_STITCHING, **beside}
-    return {"cuts": None if cuts is None else numbers(cuts, "--cuts"), **entered, **beside}
+        return VAE_STITCHING
+    return {"cuts": None if cuts is None else numbers(cuts, "--cuts"), "blocks": numbers(blocks, "--blocks")}
 
 
 def _report(value: StitchedValue, out: Path) -> dict[str, Any]:
