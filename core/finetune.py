@@ -141,7 +141,7 @@ def finetune(
     )
     precision = _Precision(value.device.type, settings.mixed_precision)
     optimisers, step_module = Optimisers.of(value, settings), accelerator.prepare_model(_Branches(value))
-    balance = _balance(value) if settings.balance_levels else None
+    balance = _balance(value, settings) if settings.balance_levels else None
     state = _Checkpoint(checkpoint, value, optimisers, balance, settings)
     losses = state.restore()
     value.train()
@@ -198,9 +198,9 @@ def _own_share(
     return {name: tensor[rows].to(device) for name, tensor in whole.items()}, weight
 
 
-def _balance(value: StitchedValue) -> LevelBalance:
-    terms = [f"{name}/{term}" for name in value.names for term in ("embedding", "tokens", "hidden")]
-    return LevelBalance.of(terms, value.device)
+def _balance(value: StitchedValue, settings: FinetuneSettings) -> LevelBalance:
+    terms = ("embedding", "tokens", *(("hidden",) if settings.hidden_weight else ()))
+    return LevelBalance.of([f"{name}/{term}" for name in value.names for term in terms], value.device)
 
 
 class _Precision:
