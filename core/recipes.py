@@ -4,7 +4,7 @@
 small embedded world, whose networks are narrow enough for a learning rate a hundred times higher: ``quick`` sees real
 images alone and keeps retrieval, ``full`` also learns from the backbone's own samples how the seeds of a prompt differ,
 which takes longer and needs torch 2.9 (Muon); give it prompts. ``further`` goes on from there (``start_from``) where
-the sampler itself passes.
+the sampler itself passes; give it more samples than ``full`` had, whose seeds are known by heart by then.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECIPES: dict[str, FinetuneSettings] = {
         steps=280, batch_size=64, learning_rate=1e-3, layer_multiplier=3.0, warmup_steps=30, schedule="cosine",
     ),
     "full": _FULL,
-    "further": attrs.evolve(_FULL, steps=1500, learning_rate=7e-4, generated=0.875, on_policy=0.75),
+    "further": attrs.evolve(_FULL, steps=2500, learning_rate=7e-4, generated=0.875, on_policy=0.75),
 }  # fmt: skip
 
 
