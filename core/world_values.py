@@ -77,7 +77,7 @@ class WorldStitcher:
     ) -> StitchedValue:
         """Stage 2, cut ``where`` says (by default a search's best); what :func:`~stitchvm.core.stitch` raises."""
         scale, prompts = self.scale, None
-        searching = {} if "searched" in where else {"probes": scale.probes}
+        searching: dict[str, Any] = {} if "searched" in where else {"probes": scale.probes}
         if self.recipe.generated > 0:
             prompts = self.dataset.prompts("train", max(scale.samples // self.recipe.seeds_per_prompt, 1), self.seed)
         return stitch(
