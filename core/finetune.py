@@ -30,6 +30,7 @@ from .files import read_metadata, read_tensors, write_tensors
 from .levels import LevelBalance, unweighted
 from .objectives import distillation_loss, hidden_loss, predicted_score, ranking_loss
 from .optimisers import Optimisers
+from .processes import join_group
 from .progress import track
 from .reward import Reward
 from .value import Branch, StitchedValue
@@ -133,8 +134,8 @@ def finetune(
     # the null prompt comes first; the number of a row without a prompt is -1
     texts = value.null.to("cpu") if prompts is None else concatenate([value.null.to("cpu"), prompts])
     # Accelerate keeps the precision that a process began with, so this one is set aside for the recipe's own
-    accelerator = Accelerator(
-        cpu=value.device.type == "cpu",
+    accelerator = join_group(
+        value.device,
         # a tail keeps its tower's positions, which only some recipes read
         kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=None,

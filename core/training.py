@@ -28,6 +28,7 @@ from .files import make_folder
 from .joint import AnyReward, load_judge
 from .loading import load_backbone
 from .policy import LoraSettings, Policy
+from .processes import join_group
 from .progress import track
 from .seeds import stream_seed
 from .sharding import is_shared, own_share, process_mesh, whole
@@ -146,7 +147,7 @@ def train(
 def _accelerator(plan: TrainSettings, network: Backbone, out: Path) -> Accelerator:
     """Of this process; :class:`ConfigError` for a tracker that is unknown or not installed."""
     try:
-        found = Accelerator(cpu=network.device.type == "cpu", log_with=plan.tracker, project_dir=str(out))
+        found = join_group(network.device, log_with=plan.tracker, project_dir=str(out))
     except ValueError as error:
         raise ConfigError(f"tracker is {plan.tracker!r}: {error}") from error
     if plan.tracker is not None and not found.log_with:

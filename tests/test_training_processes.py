@@ -56,6 +56,17 @@ held = sum(parameter.to_local().numel() for parameter in parameters.values())
 whole = sum(parameter.numel() for parameter in parameters.values())
 assert 0.45 * whole < held < 0.55 * whole, (held, whole)
 """
+LEAVING = """
+import time
+import torch
+from torch import distributed
+from stitchvm.core.processes import join_group
+number = join_group(torch.device("cpu")).process_index
+time.sleep(2 * number)
+work = distributed.all_reduce(torch.ones(1), async_op=True)
+if number:
+    work.wait()
+"""
 
 
 def start_two(script: str, folder: Path) -> list[subprocess.Popen[bytes]]:
@@ -112,6 +123,11 @@ def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tm
         run(SHARDED, tmp_path / which, updates=5, value=Lost(), **WHOLE)
     one, two = (read_tensors(tmp_path / which / "state.safetensors") for which in ("one", "two"))
     assert_close({key: two[key] for key in begin}, {key: one[key] for key in begin}, begin)
+
+
+def test_a_process_that_ends_while_gloo_still_works_is_not_aborted(tmp_path):
+    """As one is whose last sum is done while a thread of gloo's still holds its tensor."""
+    assert [process.wait() for process in start_two(LEAVING, tmp_path)] == [0, 0]
 
 
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
