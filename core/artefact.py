@@ -7,6 +7,7 @@ backbone already in memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,6 +44,19 @@ class Provenance:
     metrics: dict[str, Any] = attrs.field(factory=dict)
     cost: dict[str, Any] = attrs.field(factory=dict)
     seed: int = 0
+
+    @classmethod
+    def of_several(cls, parts: Mapping[str, Provenance]) -> Provenance:
+        """Of value models put together, by the names of each one's rewards."""
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        return cls(
+            recipe={name: {**part.recipe, "seed": part.seed} for name, part in parts.items()},
+            search={name: part.search for name, part in parts.items()},
+            metrics={name: part.metrics for name, part in parts.items()},
+            cost={name: part.cost for name, part in parts.items()},
+        )
+
 
 _NULL, _PROMPT = "null prompt", "prompt"
 """What a head reads. No key of the config may bear the name of an argument of the value model, or the hub mixin would

@@ -56,18 +56,20 @@ class ValueModels:
 
     def _load(self, backbone: Backbone, reward: Reward) -> StitchedValue:
         asked = name_of(reward)
-        folder = self._found(name_of(backbone), asked) or self.stitcher.once(backbone, reward, self.folder)
+        folder = found_in(self.given, name_of(backbone), asked) or self.stitcher.once(backbone, reward, self.folder)
         value = StitchedValue.from_pretrained(folder, backbone=backbone, device=backbone.device)
         if value.names != (asked,):
             raise ArtefactError(f"{str(folder)!r} reads {', '.join(value.names)}; give a value model of {asked} alone.")
         return value
 
-    def _found(self, backbone: str, reward: str) -> Path | None:
-        if self.given is None:
-            return None
-        name = cell_name(backbone, reward)
-        places = [root / name / inner for root in (self.given, self.given / "models") for inner in ("", "stitched")]
-        return next((place for place in places if (place / CONFIG).is_file()), None)
+
+def found_in(given: Path | None, backbone: str, reward: str) -> Path | None:
+    """Where the pair's value model is among those that ``matrix`` or ``reproduce`` left in ``given``."""
+    if given is None:
+        return None
+    name = cell_name(backbone, reward)
+    places = [root / name / inner for root in (given, given / "models") for inner in ("", "stitched")]
+    return next((place for place in places if (place / CONFIG).is_file()), None)
 
 
 @torch.no_grad()

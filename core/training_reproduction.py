@@ -28,13 +28,15 @@ from .loading import load_backbone, load_dataset_plugin, load_reward
 from .policy import LoraSettings
 from .provenance import versions
 from .recipes import recipe as named_recipe
+from .reproduction_values import found_in
+from .reward import Reward
 from .training import TrainSettings, train
 from .training_plots import comparison_curves
 from .training_state import RECORD
 from .training_tables import TRAINING_TABLES, TrainingRow, TrainingScale
 from .value import StitchedValue
 from .world_values import WorldStitcher
-from .worlds import Scale, World
+from .worlds import Scale, World, cell_name
 
 PROMPTS = 1024
 """How many of the dataset's training prompts are trained on."""
@@ -59,9 +61,10 @@ def reproduce_training(
 
     The trained reward is the sum of ``rewards`` (default: all of the world that read prompts); what else scores a
     picture alone is held out, and so is the dataset's detector. ``value`` is the folder of a value model of exactly
-    those rewards; without it one is stitched as ``matrix`` does and kept in ``models/``. ``rows`` restricts what is
-    done. Writes ``trainings/BACKBONE--ROW--SEED`` and, after every one, ``TABLE.csv``, ``TABLE.json``, ``TABLE.png``.
-    A training that fails is listed under ``failed``, the others go on.
+    those rewards, or holds one of each (``BACKBONE--REWARD``), which are read together; without it one is stitched as
+    ``matrix`` does and kept in ``models/``. ``rows`` restricts what is done. Writes
+    ``trainings/BACKBONE--ROW--SEED`` and, after every one, ``TABLE.csv``, ``TABLE.json``, ``TABLE.png``. A training
+    that fails is listed under ``failed``, the others go on.
 
     Raises ``UnknownNameError`` and :class:`ConfigError` before the first one.
     """
@@ -117,15 +120,31 @@ class _Job:
         for free in ("seeds", "updates", "batch"):
             shared.pop(free)
         if row.stop is not None:
-            shared["value"] = self._value_facts
+            shared["value"] = self._value_facts(backbone)
         return self.folder / "trainings" / f"{backbone}--{row.name}--{seed}-{cache_key(shared)[:8]}"
 
-    @cached_property
-    def _value_facts(self) -> dict[str, Any]:
+    def _value_facts(self, backbone: str) -> dict[str, Any]:
         """What tells the value model of stopped rows from another: how it was or will be made."""
-        if self.given is not None:
-            return dict(read_json(Path(self.given).expanduser() / CONFIG))
-        return {"scale": attrs.asdict(self.stitcher.scale), "recipe": attrs.asdict(self.stitcher.recipe)}
+        folders = self._given_folders(backbone)
+        if not folders:
+            return {"scale": attrs.asdict(self.stitcher.scale), "recipe": attrs.asdict(self.stitcher.recipe)}
+        facts = [dict(read_json(folder / CONFIG)) for folder in folders]
+        return facts[0] if len(facts) == 1 else {"together": facts}
+
+    def _given_folders(self, backbone: str) -> list[Path]:
+        """The given value model, or one of each trained reward; :class:`ConfigError` where one is missing."""
+        if self.given is None:
+            return []
+        given = Path(self.given).expanduser()
+        if (given / CONFIG).is_file():
+            return [given]
+        found = {name: found_in(given, backbone, name) for name in self._names}
+        if missing := [cell_name(backbone, name) for name, folder in found.items() if folder is None]:
+            raise ConfigError(
+                f"{str(given)!r} holds neither a value model ({CONFIG}) nor {' nor '.join(missing)}. Give the folder "
+                "of one that reads all trained rewards, or one that holds such a folder for each."
+            )
+        return [folder for folder in found.values() if folder is not None]
 
     def _train(self, backbone: str, row: TrainingRow, seed: int, place: Path) -> None:
         scale, dataset = self.scale, self.stitcher.dataset
@@ -147,10 +166,17 @@ class _Job:
 
     def _rewards(self) -> tuple[JointReward, list[Any]]:
         """What is trained on, and what else scores a picture without reference images."""
-        loaded = {name: load_reward(name) for name in self.world.rewards}
-        names = self.asked or tuple(name for name, one in loaded.items() if one.condition_kind == "prompts")
-        others = [one for name, one in loaded.items() if name not in names and one.condition_kind != "images"]
-        return JointReward([loaded[name] for name in names]), [*others]
+        others = [one for name, one in self._loaded.items() if name not in self._names]
+        return JointReward([self._loaded[n] for n in self._names]), [o for o in others if o.condition_kind != "images"]
+
+    @cached_property
+    def _loaded(self) -> dict[str, Reward]:
+        return {name: load_reward(name) for name in self.world.rewards}
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """Of the trained rewards."""
+        return self.asked or tuple(n for n, one in self._loaded.items() if one.condition_kind == "prompts")
 
     def _load(self, name: str) -> Backbone:
         if self._last is None or self._last[0] != name:
@@ -163,12 +189,12 @@ class _Job:
         assert self._last is not None
         name, network, known = self._last
         if known is None:
-            given = self.given
-            folder = Path(given) if given is not None else self.stitcher.once(network, trained, self.folder)
-            known = StitchedValue.from_pretrained(folder, backbone=network, device=network.device)
+            folders = self._given_folders(name) or [self.stitcher.once(network, trained, self.folder)]
+            each = [StitchedValue.from_pretrained(f, backbone=network, device=network.device) for f in folders]
+            known = each[0] if len(each) == 1 else StitchedValue.together(each)
             if known.names != tuple(trained.rewards):
                 expected = ", ".join(trained.rewards)
-                raise ConfigError(f"{str(folder)!r} reads {', '.join(known.names)}, expected {expected}.")
+                raise ConfigError(f"{str(self.given)!r} reads {', '.join(known.names)}, expected {expected}.")
             self._last = (name, network, known)
         return known
 

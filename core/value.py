@@ -21,6 +21,7 @@ from .errors import ArtefactError, ConfigError, SliceError
 from .files import read_json
 from .joint import Given, JointReward, checked_weights, shares
 from .layer import StitchingLayer
+from .provenance import weights_digest
 from .reuse import BegunPass
 from .reward import ConditionKind, Reward, RewardOutput, Tail
 from .slicing import Head
@@ -148,6 +149,35 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
             self.head, {name: self._branch(name)}, self.null, None, rewards, self.provenance, prompted=self.prompted
         )
 
+    @classmethod
+    def together(cls, values: Sequence[StitchedValue], weights: Sequence[float] | None = None) -> Self:
+        """Value models that were stitched apart as one, sharing their tensors and one pass of the head: the inverse of
+        :meth:`alone`.
+
+        ``weights``: one a reward, in their order; by default those they have. Raises ``ArtefactError`` where the heads
+        are not the same (backbone, cut, taps, prompt), :class:`ConfigError` for a reward that two of them read.
+        """
+        if not values:
+            raise ConfigError("no value model was given; give at least one.")
+        first = values[0]
+        for other in values[1:]:
+            if difference := _other_head(first, other):
+                raise ArtefactError(
+                    f"the value models of {', '.join(first.names)} and of {', '.join(other.names)} share no head: "
+                    f"{difference}. Stitch both to one backbone at one cut, or sum them with Sum."
+                )
+        names = [name for value in values for name in value.names]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"{', '.join(twice)} is read by more than one of the value models; give it once.")
+        branches = {name: value._branch(name) for value in values for name in value.names}
+        rewards = {name: reward for value in values for name, reward in value._rewards.items()}
+        own = [weight for value in values for weight in value.weights]
+        return cls(
+            first.head, branches, first.null, own if weights is None else weights, rewards,
+            Provenance.of_several({", ".join(value.names): value.provenance for value in values}),
+            prompted=first.prompted,
+        )  # fmt: skip
+
     def features(self, latents: Tensor, sigma: float | Tensor, prompt: Condition | None = None) -> Tensor:
         """``[B, C, H, W]`` backbone features under ``prompt`` (the null prompt if None), counted as ``head``.
 
@@ -241,3 +271,16 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         branch = self.branches[self.names.index(name)]
         assert isinstance(branch, Branch)
         return branch
+
+
+def _other_head(one: StitchedValue, other: StitchedValue) -> str | None:
+    """How the heads of two value models differ, or None if they read the same features."""
+    for what, ours, theirs in (
+        ("cut after block", one.head.cut, other.head.cut),
+        ("taps", list(one.head.taps), list(other.head.taps)),
+        ("trained under prompts", one.prompted, other.prompted),
+        ("backbone weights", *(weights_digest(value.head.part.net) for value in (one, other))),
+    ):
+        if ours != theirs:
+            return f"{what} {ours} and {theirs}"
+    return None if one.null.equals(other.null) else "their null prompts differ"

@@ -45,6 +45,19 @@ def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  
     assert len(list((tmp_path / "trainings").glob("*/train.json"))) == len(records) + len(TINY.seeds)
 
 
+def test_value_models_of_each_reward_serve_a_training_for_all(world, tmp_path):  # noqa: F811
+    settings = {"rows": ["draft-1-stopped"], "scale": attrs.evolve(TINY, seeds=(0,)), "stitching": STITCHING,
+                "progress": False}  # fmt: skip
+    reproduce_training("table3", "toy", tmp_path / "apart", rewards=["tiny-clip"], **settings)
+    both = {"rewards": ["tiny-clip", "tiny-aesthetic"], "value": tmp_path / "apart", **settings}
+    with pytest.raises(ConfigError, match="nor one--tiny-aesthetic. Give the folder"):
+        reproduce_training("table3", "toy", tmp_path / "out", **both)
+    reproduce_training("table3", "toy", tmp_path / "apart", rewards=["tiny-aesthetic"], **settings)
+    report = reproduce_training("table3", "toy", tmp_path / "out", **both)
+    assert report["failed"] == {} and report["rows"][0]["cost"]["tail"] == 2 * report["rows"][0]["cost"]["head"]
+    assert list(report["rows"][0]["after"]) == ["tiny-clip + tiny-aesthetic", "detector"]
+
+
 def test_the_command_says_what_became_of_the_rewards(world, run, tmp_path):  # noqa: F811
     settings = ("updates=1", "prompts=2", "samples=2", "steps=4", "evaluation_prompts=2", "seeds=[0]")
     sets = [argument for pair in settings for argument in ("--set", pair)]
