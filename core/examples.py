@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from .errors import ArtefactError, DataError
 from .files import make_folder, read_json, write_json, write_tensors
 from .images import ImageSource
 from .paths import Prediction
+from .processes import join_group
 from .progress import track
 from .reward import Reward
 from .sampling import Denoiser, sample, seeded_noise
@@ -200,24 +203,64 @@ def build_examples(
 
     ``settings`` is everything the content depends on; a folder made with other settings is refused with
     ``ArtefactError``. A source that runs out before ``count`` gives fewer examples; an empty one raises ``DataError``.
+    Processes that a launcher started make equally many shards each and wait for one another; the folder must be one
+    that all of them see.
     """
     folder = make_folder(folder)
     _claim(folder, settings)
-    done = 0
-    while _shard(folder, done).exists():
-        done += 1
     if (folder / "done.json").exists():
         return Examples(folder, read_json(folder / "done.json")["count"])
-    total = done * SHARD
-    bar_total = None if count is None else -(-(count - total) // SHARD)
-    for shard in track(_shards(latents(total), rewards, keep_images), label, bar_total, progress):
-        write_tensors(_shard(folder, done), shard)
-        done += 1
-        total += len(shard["latents"])
+    group = join_group(next(iter(rewards.values())).device)
+    own = _own_shards(count, group)
+    made = _missing(folder, own, lambda number: _shards(latents(number * SHARD), rewards, keep_images))
+    bar_total = None if count is None else sum(not _shard(folder, number).exists() for number in own)
+    for number, shard in track(made, label, bar_total, progress and group.is_main_process):
+        write_tensors(_shard(folder, number), shard)
+    group.wait_for_everyone()
+    total = _made(folder)
     if not total:
         raise DataError(f"{label}: there is nothing to train on; the source gave no latents.")
-    write_json(folder / "done.json", {"count": total})
+    if group.is_main_process:
+        write_json(folder / "done.json", {"count": total})
     return Examples(folder, total)
+
+
+def _own_shards(count: int | None, group: Accelerator) -> range:
+    """The numbers of the shards that this process makes, next to each other, so that its source is read once through;
+    a source of unknown length is the first process's alone."""
+    if count is None:
+        return range(sys.maxsize if group.is_main_process else 0)
+    first, end = (-(-count // SHARD) * (group.process_index + k) // group.num_processes for k in (0, 1))
+    return range(first, end)
+
+
+def _missing(
+    folder: Path, own: range, produce: Callable[[int], Iterator[dict[str, Tensor]]]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The shards of ``own`` that the folder lacks, with their numbers; ``produce`` makes those from a number on."""
+    number = own.start
+    while number < own.stop:
+        if _shard(folder, number).exists():
+            number += 1
+            continue
+        for shard in produce(number):
+            yield number, shard
+            number += 1
+            if number >= own.stop or _shard(folder, number).exists():
+                break
+        else:
+            return  # the source has no more
+
+
+def _made(folder: Path) -> int:
+    """How many examples the shards hold, from the first to where one is missing."""
+    full = 0
+    while _shard(folder, full + 1).exists():
+        full += 1
+    if not _shard(folder, full).exists():
+        return 0
+    with safe_open(_shard(folder, full), framework="pt") as file:
+        return full * SHARD + int(file.get_slice("latents").get_shape()[0])
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -137,7 +137,7 @@ def finetune(
     accelerator = join_group(
         value.device,
         # a tail keeps its tower's positions, which only some recipes read
-        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
+        [AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=None,
     )
     precision = _Precision(value.device.type, settings.mixed_precision)

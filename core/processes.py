@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import atexit
 import gc
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from torch import distributed
 
+LONGEST_WAIT = timedelta(days=1)
+"""For one another: shares of the same work can take hours longer than others, as when one was begun before."""
 
-def join_group(device: torch.device, **settings: Any) -> Accelerator:
+
+def join_group(device: torch.device, handlers: Sequence[KwargsHandler] = (), **settings: Any) -> Accelerator:
     """Accelerate's handle on the group of this process, which is left in order when the process ends.
 
-    ``settings`` are Accelerate's own; ``device`` says whether the group works without a GPU.
+    ``device`` says whether the group works without a GPU; ``handlers`` and ``settings`` are Accelerate's own.
     """
-    accelerator = Accelerator(cpu=device.type == "cpu", **settings)
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[waiting, *handlers], **settings)
     atexit.unregister(_leave)
     atexit.register(_leave)
     return accelerator
