@@ -92,48 +92,6 @@ def test_the_value_is_the_weighted_sum_of_its_branches_in_one_head_pass(backbone
     assert float(torch.stack(parts).std(0).min()) > 1e-3, "the branches differ"
 
 
-@torch.no_grad()
-def test_one_reward_of_several_is_a_value_of_its_own(backbone, rewards, latents, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(artefact, "load_backbone", lambda *_, **__: backbone)
-    monkeypatch.setattr(artefact, "load_reward", lambda name, **_: rewards[name])
-    value = made((DFN, HPS), (2.0, 0.5))
-    value.alone(HPS).save_pretrained(tmp_path)
-    single = StitchedValue.from_pretrained(tmp_path)
-    assert (single.names, single.weights, single.interface()) == ((HPS,), (1.0,), value.interface(HPS))
-    assert torch.equal(single(latents, 0.3, PROMPTS), alone(value, HPS)(latents, 0.3, PROMPTS))
-    with pytest.raises(core.SliceError, match="not 'nothing'"):
-        value.alone("nothing")
-
-
-@torch.no_grad()
-def test_rewards_stitched_apart_are_read_together(latents) -> None:
-    value = made((DFN, HPS), (2.0, -0.5))
-    again = StitchedValue.together([value.alone(DFN), value.alone(HPS)], (2.0, -0.5))
-    with CostMeter() as cost:
-        read = again(latents, 0.3, PROMPTS)
-    assert dict(cost.passes) == {"head": 3, "tail": 6}
-    assert torch.equal(read, value(latents, 0.3, PROMPTS))
-    assert (again.names, again.weights) == ((DFN, HPS), (2.0, -0.5))
-    assert again.provenance.search.keys() == {DFN, HPS}
-    assert StitchedValue.together([value, made((AESTHETIC,))]).weights == (2.0, -0.5, 1.0)
-
-
-def test_only_values_of_one_head_and_of_different_rewards_go_together(backbone) -> None:
-    value = made((DFN, HPS))
-    with pytest.raises(ConfigError, match=f"{HPS} is read by more than one"):
-        StitchedValue.together([value, value.alone(HPS)])
-    with pytest.raises(ConfigError, match="no value model was given"):
-        StitchedValue.together([])
-    found = core.search_jointly(backbone, {AESTHETIC: twin(AESTHETIC)}, cuts=(1,), blocks=(1,), **PROBES)
-    deeper = joined(backbone, {AESTHETIC: twin(AESTHETIC)}, found.results, {AESTHETIC: Interface(1, 1)})
-    with pytest.raises(core.ArtefactError, match="cut after block 2 and 1"):
-        StitchedValue.together([value, deeper])
-    asking = made((AESTHETIC,)).alone(AESTHETIC)
-    asking.prompted = True
-    with pytest.raises(core.ArtefactError, match="trained under prompts False and True"):
-        StitchedValue.together([value, asking])
-
-
 def test_gradients_are_the_weighted_sum_too(backbone, latents) -> None:
     value = made((DFN, HPS), (1.0, 3.0))
     latents.requires_grad_()
