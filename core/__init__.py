@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from .particles import Particles, Resampling
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
     from .planning import Plan, plan
-    from .policy import LoraSettings, Policy
+    from .policy import LoraSettings, Policy, with_lora
     from .problem import Aligner, AlignProblem, Look
     from .ranking import Ranking, rank_seeds
     from .records import SPEC_VERSION, AlignerRecord, BackboneRecord, DatasetRecord, Family, Hint, RewardRecord, Source
@@ -141,7 +141,7 @@ _PUBLIC = {
     "steering": ("steer",),
     "stitching": ("stitch",),
     "swarm": ("Swarm",),
-    "policy": ("LoraSettings", "Policy"),
+    "policy": ("LoraSettings", "Policy", "with_lora"),
     "training": ("TrainResult", "TrainSettings", "train"),
     "training_problem": ("Experience", "Rows", "StopWindow", "TrainProblem", "TrainingMethod", "Update", "spread_seed"),
     "value": ("StitchedValue",),
@@ -275,6 +275,7 @@ __all__ = [
     "steps_within",
     "stitch",
     "train",
+    "with_lora",
 ]
 
 

@@ -22,6 +22,7 @@ from .joint import AnyReward, load_judge
 from .loading import load_aligner, load_backbone, name_of
 from .monte_carlo import MonteCarlo
 from .particles import initial_noise, step_generators
+from .policy import with_lora
 from .problem import Aligner, AlignProblem, BegunPasses
 from .provenance import network_identity, weights_digest
 from .sampling import Denoiser
@@ -44,7 +45,8 @@ def align(
     steps: int = 28,
     guidance_scale: float | None = None,
     resolution: int | tuple[int, int] | None = None,
-    reward: str | AnyReward | None = None,
+    reward: str | AnyReward | Sequence[str] | None = None,
+    lora: str | Path | None = None,
     batch: int = 64,
     reuse: bool = True,
     out: str | Path | None = None,
@@ -56,7 +58,9 @@ def align(
     ``method``: a registered name (``sample``, ``best-of-n``, ``fk-steering``, ``dps`` ..) with its own ``settings`` as
     further keywords, or a ready object. ``value``: what steers it, a stitched value model (or the folder of one),
     ``"tweedie"`` or ``"monte-carlo"`` (with ``reward``), any estimator, or None for a method that needs none.
-    ``reward``: what picks each prompt's best particle, the value's own by default. ``guidance_scale`` of
+    ``reward``: what picks each prompt's best particle, the value's own by default; the sum of several names.
+    ``lora``: the folder of one that the backbone samples with (:func:`~stitchvm.core.train` writes such); a value
+    model's head goes on reading the backbone without it. ``guidance_scale`` of
     classifier-free guidance: 3, or 1 for a backbone whose own embedded guidance needs no second pass. ``particles`` a
     prompt (default: the method's), ``proposals`` a particle where the method draws them. ``batch`` bounds the samples
     of one network pass and changes nothing else. ``reuse``: a denoising step finishes the pass that the value model's
@@ -67,12 +71,14 @@ def align(
     paired. With ``out`` every finished prompt is kept there, a rerun with the same settings continues, and the result
     is saved at the end.
 
-    Raises ``UnknownNameError``, :class:`ConfigError` for a setting that is unknown or out of range or that differs
-    from those of the run to continue, ``OutputError`` when ``out`` cannot be written, ``NonFiniteError`` when sampling
-    diverges.
+    Raises ``UnknownNameError``, ``WeightsError`` for a LoRA of another network, :class:`ConfigError` for a setting that
+    is unknown or out of range or that differs from those of the run to continue, ``OutputError`` when ``out`` cannot be
+    written, ``NonFiniteError`` when sampling diverges.
     """
     network = load_backbone(backbone)
     estimator, judge = resolve_value(value, reward, network)
+    if lora is not None:
+        network = with_lora(network, lora)
     aligner = resolve_method(method, proposals, settings)
     if not hasattr(aligner, "run"):
         raise ConfigError(f"{type(aligner).__name__} trains weights and steers nothing; use train.")
@@ -81,7 +87,7 @@ def align(
         estimator=estimator, reward=judge, prompts=checked_prompts(prompts),
         particles=aligner.default_particles if particles is None else particles, seed=seed, steps=steps,
         guidance_scale=default_guidance(network) if guidance_scale is None else guidance_scale, batch=batch,
-        reuse=reuse,
+        reuse=reuse, lora=None if lora is None else str(lora),
         resolution=network.native_resolution if resolution is None else resolution,
     )  # fmt: skip
     result = job.run(PartStore.open(out, job.settings()), progress)
@@ -139,6 +145,7 @@ class _Job:
     resolution: Size = attrs.field(validator=_divisible)
     batch: int = attrs.field(validator=_AT_LEAST_ONE)
     reuse: bool = True
+    lora: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, JSON-able: what a run to be continued must share."""
@@ -147,6 +154,7 @@ class _Job:
             "backbone": {
                 **network_identity(self.backbone),
                 **({} if self.backbone.guidance is None else {"guidance": self.backbone.guidance}),
+                **({} if self.lora is None else {"lora": self.lora}),
             },
             "reward": network_identity(self.reward),
             "particles": self.particles, "seed": self.seed, "steps": self.steps,
@@ -230,7 +238,7 @@ def resolve_method(method: Any, proposals: int, settings: dict[str, Any]) -> Any
 
 
 def resolve_value(
-    value: Value, reward: str | AnyReward | None, backbone: Backbone
+    value: Value, reward: str | AnyReward | Sequence[str] | None, backbone: Backbone
 ) -> tuple[Estimator | None, AnyReward]:
     """The estimator, and the clean reward: the value's own unless given."""
     given = None if reward is None else load_judge(reward, backbone.device)

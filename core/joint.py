@@ -188,6 +188,10 @@ AnyReward = Reward | JointReward
 """What rates clean images."""
 
 
-def load_judge(reward: str | AnyReward, device: torch.device | str = "cpu") -> AnyReward:
-    """As :func:`load_reward`; a joint reward comes back as it is."""
-    return reward if isinstance(reward, JointReward) else load_reward(reward, device=device)
+def load_judge(reward: str | AnyReward | Sequence[str], device: torch.device | str = "cpu") -> AnyReward:
+    """As :func:`load_reward`; a joint reward comes back as it is, and several names become one, weight 1 each."""
+    if isinstance(reward, JointReward):
+        return reward
+    if isinstance(reward, Sequence) and not isinstance(reward, str):
+        return load_reward(reward[0], device=device) if len(reward) == 1 else JointReward(reward, device=device)
+    return load_reward(reward, device=device)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backbone import Backbone
-from .errors import ArtefactError, ConfigError, PluginLoadError
-from .files import make_folder, write_tensors
+from .errors import ArtefactError, ConfigError, PluginLoadError, WeightsError
+from .files import make_folder, read_tensors, write_tensors
+from .loading import name_of
 from .sharding import own_share, shard, shared_like, whole
 
 ADAPTER = "default"
@@ -137,6 +138,38 @@ class Policy:
             for name, parameter in net.named_parameters():
                 parameter.copy_(whole(self.parameters[name].detach()))
         return net
+
+
+def with_lora(backbone: Backbone, lora: str | Path) -> Backbone:
+    """The backbone with a LoRA over it, as :func:`~stitchvm.core.train` or diffusers saves one: a folder or its
+    ``.safetensors`` file. The one that is given stays as it is, and both share its tensors.
+
+    Raises ``WeightsError`` where there is none or where it adapts anything else than this network, ``PluginLoadError``
+    without peft.
+    """
+    path = Path(lora).expanduser()
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise WeightsError(f"{str(lora)!r} holds no LoRA; give a folder with {LORA_FILE}, or such a file.")
+    twin, there = backbone.sharing(), {name for name, _ in backbone.net.named_modules()}
+    adapted = {name.partition(".lora_")[0] for name in read_tensors(file)}
+    # diffusers would leave out, with a warning, what finds no module
+    if foreign := sorted(adapted - {f"{twin.component}.{name}" for name in there}):
+        raise WeightsError(
+            f"{str(lora)!r} adapts {foreign[0]}, which {name_of(backbone)} does not have. Give a LoRA of its "
+            f"{twin.component} alone, in the format of diffusers."
+        )
+    net: Any = twin.net
+    try:
+        net.load_lora_adapter(
+            str(file.parent), prefix=twin.component, weight_name=file.name, use_safetensors=True, adapter_name=ADAPTER
+        )
+    except ImportError as error:
+        raise PluginLoadError("a LoRA needs peft: pip install 'stitchvm[train]'.") from error
+    except (RuntimeError, ValueError) as error:
+        raise WeightsError(f"{str(lora)!r} does not fit {name_of(backbone)}: {error}") from error
+    net.requires_grad_(False)
+    return twin
 
 
 def _inject(backbone: Backbone, lora: LoraSettings, seed: int) -> None:

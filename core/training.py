@@ -93,7 +93,7 @@ def train(
     steps: int = 10,
     guidance_scale: float = 1.0,
     resolution: int | None = None,
-    reward: str | AnyReward | None = None,
+    reward: str | AnyReward | Sequence[str] | None = None,
     held_out_rewards: Sequence[str | AnyReward] = (),
     judges: Mapping[str, Judge] | None = None,
     evaluation_prompts: Sequence[str] | None = None,

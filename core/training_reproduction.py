@@ -117,7 +117,7 @@ class _Job:
         """Where a training is: rows of one kind share it, whatever table they are in."""
         shared = {**attrs.asdict(self.scale), "method": row.method, "settings": row.method_settings(self.scale.steps),
                   "training": row.training, "rewards": self.asked}  # fmt: skip
-        for free in ("seeds", "updates", "batch"):
+        for free in ("seeds", "updates", "batch", "windows"):
             shared.pop(free)
         if row.stop is not None:
             shared["value"] = self._value_facts(backbone)
@@ -191,7 +191,7 @@ class _Job:
         if known is None:
             folders = self._given_folders(name) or [self.stitcher.once(network, trained, self.folder)]
             each = [StitchedValue.from_pretrained(f, backbone=network, device=network.device) for f in folders]
-            known = each[0] if len(each) == 1 else StitchedValue.together(each)
+            known = StitchedValue.together(each)
             if known.names != tuple(trained.rewards):
                 expected = ", ".join(trained.rewards)
                 raise ConfigError(f"{str(self.given)!r} reads {', '.join(known.names)}, expected {expected}.")

@@ -42,7 +42,7 @@ class TrainingRow:
 class TrainingScale:
     """What all rows share: ``updates`` of ``prompts`` each with ``samples`` a prompt, ``steps`` of the sampler,
     ``levels`` at which DiffusionNFT reads a sample, ``evaluation_prompts`` held out, and a run for every one of the
-    ``seeds``.
+    ``seeds``. ``windows``: where figure 7 stops, first and last of 25 steps (the paper's by default).
 
     Raises :class:`ConfigError` for a value out of range.
     """
@@ -57,6 +57,7 @@ class TrainingScale:
     batch: int = 64
     learning_rate: float | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
+    windows: tuple[tuple[int, int], ...] = ((2, 12), (12, 17), (12, 25), (20, 25))
 
     def __attrs_post_init__(self) -> None:
         least = {"updates": 1, "prompts": 1, "samples": 2, "steps": 3, "levels": 1, "evaluate_every": 1,
@@ -66,13 +67,13 @@ class TrainingScale:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a whole number from {lowest} on.")
         if not self.seeds:
             raise ConfigError("seeds is empty; give at least one.")
+        for low, high in self.windows:
+            if not 1 <= low <= high <= 25:
+                raise ConfigError(f"windows has [{low}, {high}]; give the first and last of 1 to 25 steps, in order.")
 
 
 NFT_STOP, DRAFT_STOP = (12 / 25, 17 / 25), (3 / 10, 7 / 10)
 """The paper's windows, as shares of the steps."""
-
-WINDOWS = ((2, 12), (12, 17), (12, 25), (20, 25))
-"""Figure 7, of 25 steps."""
 
 
 def _draft(scale: TrainingScale, back: int) -> list[TrainingRow]:
@@ -105,7 +106,7 @@ def _windows(scale: TrainingScale) -> list[TrainingRow]:
     return [
         _nft(scale, None, "nft", "DiffusionNFT"),
         *(_nft(scale, (low / 25, high / 25), f"nft-{low}-{high}", f"stopped in {low}-{high} of 25")
-          for low, high in WINDOWS),
+          for low, high in scale.windows),
     ]  # fmt: skip
 
 

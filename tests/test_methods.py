@@ -148,6 +148,19 @@ def test_the_strength_follows_its_schedule(schedule, share):
     torch.testing.assert_close(method("dps", schedule=schedule).score_change(look), share * look.gradients)
 
 
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_a_bound_holds_back_large_changes_alone(path):
+    """Of the noise estimate, a sample at a time, the direction kept."""
+    look = look_at(GaussianBackbone(path=path))
+    look.gradients[0] *= 40 / look.gradients[0].square().mean().sqrt()
+    look.gradients[1] *= 0.1 / look.gradients[1].square().mean().sqrt()
+    free, bound = (method("dps", strength=0.5, clip=clip).score_change(look) for clip in (None, 0.3))
+    moved = look.prediction.eps - look.prediction.guided(bound).eps
+    torch.testing.assert_close(moved[0].square().mean().sqrt(), torch.tensor(0.3))
+    torch.testing.assert_close(moved[0], 0.3 / (0.6 * 20) * 0.6 * free[0])
+    assert torch.equal(bound[1], free[1])
+
+
 def test_outside_its_window_guidance_reads_no_value():
     backbone, reward = GaussianBackbone(), LinearReward()
     value = ExactValue(backbone, reward)
@@ -313,7 +326,8 @@ def test_methods_that_draw_refuse_the_ode(name):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("dps", {"normaliser": "l2"}), ("dps", {"repeats": 0}), ("rbf", {"quota": 0}), ("dsearch", {"branches": 1}),
+    [("dps", {"normaliser": "l2"}), ("dps", {"repeats": 0}), ("dps", {"clip": 0.0}),
+     ("rbf", {"quota": 0}), ("dsearch", {"branches": 1}),
      ("dps", {"window": (0.8, 0.2)}), ("svdd", {"window": (0.0, 1.2)}), ("das", {"tempering": 0.0}),
      ("svdd", {"window": (7.0, 3.0), "unit": "step"}), ("dps", {"kernel": "cps", "eta": 0.5})],
 )  # fmt: skip

@@ -89,6 +89,10 @@ def test_windows_are_steps_and_never_the_last():
     assert rows["nft-12-25"].method_settings(25)["stop"] == (12, 24)
     assert rows["nft-2-12"].method_settings(10)["stop"] == (1, 5)
     assert "stop" not in rows["nft"].method_settings(25)
+    own = TRAINING_TABLES["fig7"][1](TrainingScale(windows=((7, 12), (10, 10))))
+    assert [row.method_settings(10).get("stop") for row in own] == [None, (3, 5), (4, 4)]
+    with pytest.raises(ConfigError, match=r"windows has \[12, 7\]; give the first and last of 1 to 25"):
+        TrainingScale(windows=((12, 7),))
 
 
 @pytest.mark.parametrize(("table", "options", "said"), [

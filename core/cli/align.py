@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, key_values, refuse_given
+from .options import BackboneName, key_values, names, refuse_given
 from .output import Json, print_json, print_table
 from .training import train_and_print
 
@@ -33,7 +33,13 @@ def command(
     estimator: Annotated[
         str | None, typer.Option(help="Instead of a value model: tweedie or monte-carlo, with --reward.")
     ] = None,
-    reward: Annotated[str | None, typer.Option(help="Picks the best sample (default: the value model's own).")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Picks the best sample; the sum of several (default: the value's own)."),
+    ] = None,
+    lora: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A LoRA to sample with, such as a method that trains wrote.")
+    ] = None,
     count: Annotated[int | None, typer.Option(help="How many prompts (default: the whole file).")] = None,
     particles: Annotated[int | None, typer.Option(help="Samples a prompt (default: the method's).")] = None,
     proposals: Annotated[int, typer.Option(help="Draws a particle and step, where the method takes some.")] = 1,
@@ -70,12 +76,13 @@ def command(
     if value is not None and estimator is not None:
         raise ConfigError("--value and --estimator each say what steers; give one of them.")
     steered_by, own = value if estimator is None else estimator, method_settings(settings or ())
+    judge = None if reward is None else names(reward, "--reward")
     if registry().aligner(method).trains:
-        surplus = ("particles", "proposals", "batch", "reuse")
+        surplus = ("particles", "proposals", "batch", "reuse", "lora")
         refuse_given(context, surplus, f"{method} trains; see --set, and --train batch=N.")
         chosen = {"steps": steps, "guidance_scale": guidance_scale}
         train_and_print(
-            method, backbone, steered_by, prompts, count, out, as_json, training or (), seed=seed, reward=reward,
+            method, backbone, steered_by, prompts, count, out, as_json, training or (), seed=seed, reward=judge,
             resolution=resolution, held_out_rewards=tuple(held_out_reward or ()), **own,
             **{name: entry for name, entry in chosen.items() if entry is not None},
         )  # fmt: skip
@@ -84,7 +91,7 @@ def command(
     result = align(
         method, backbone, steered_by, open_prompts(prompts, count, split="test"), particles=particles,
         proposals=proposals, seed=seed, steps=28 if steps is None else steps, guidance_scale=guidance_scale,
-        resolution=resolution, reward=reward, batch=batch, reuse=reuse, out=out, **own,
+        resolution=resolution, reward=judge, lora=lora, batch=batch, reuse=reuse, out=out, **own,
     )  # fmt: skip
     if as_json:
         print_json(result.report())
@@ -92,7 +99,9 @@ def command(
         _print(result, out)
 
 
-_TAKEN = {"particles", "proposals", "seed", "steps", "guidance_scale", "resolution", "reward", "batch", "reuse", "out"}
+_TAKEN = {
+    "particles", "proposals", "seed", "steps", "guidance_scale", "resolution", "reward", "lora", "batch", "reuse", "out"
+}  # fmt: skip
 
 
 def method_settings(pairs: Sequence[str]) -> dict[str, Any]:

@@ -46,6 +46,9 @@ class Dps(KernelSettings):
     0), ``cosine`` (highest half way).
     ``window`` in ``unit`` (``fraction`` of the steps, ``step`` numbers, ``sigma`` levels): guide in these steps alone,
     its end left out; outside no value is read.
+    ``clip``: the most by which the noise estimate, itself of root mean square 1, may change in root mean square at a
+    step, a sample at a time; larger changes are scaled down to it (None: no bound). A raw gradient has a heavy tail: at
+    strengths that most samples can take, a few are driven off.
     ``repeats``: take every guided step so many times, going back to its level by fresh noise in between (time travel).
 
     Raises :class:`ConfigError` for a value out of range or a parameter the kernel does not have.
@@ -62,6 +65,7 @@ class Dps(KernelSettings):
     )
     window: Window = attrs.field(default=(0.0, 1.0), validator=rising_window)
     unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
+    clip: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
     repeats: int = attrs.field(default=1, validator=attrs.validators.ge(1))
 
     @torch.no_grad()
@@ -89,7 +93,11 @@ class Dps(KernelSettings):
         prediction, gradients = look.prediction, look.gradients
         assert gradients is not None
         strength = self.strength * _share(self.schedule, prediction)
-        return spread(strength, gradients) * _normalised(self.normaliser, gradients, prediction)
+        change = spread(strength, gradients) * _normalised(self.normaliser, gradients, prediction)
+        if self.clip is None:
+            return change
+        size = _rms(change) * spread(prediction.sigma, change)
+        return change * (self.clip / size.clamp_min(self.clip))
 
 
 def _share(schedule: str, prediction: Prediction) -> Tensor:
