@@ -18,9 +18,9 @@ import attrs
 
 from .artefact import CONFIG
 from .backbone import Backbone
-from .comparison import mean_stderr
+from .comparison import mean_stderr, paired_gain
 from .errors import ConfigError, StitchError
-from .examples import cache_key
+from .examples import GenerationSettings, cache_key
 from .files import make_folder, read_json, write_json, write_text
 from .finetune import FinetuneSettings
 from .joint import JointReward
@@ -77,7 +77,9 @@ def reproduce_training(
         raise ConfigError(f"{table} has no row {', '.join(unknown)}; choose from {', '.join(r.name for r in chosen)}.")
     names = list(dict.fromkeys(backbone for backbone, _ in place.chosen(backbones, rewards)))
     learned = attrs.evolve(recipe or named_recipe("quick"), steps=(stitching or Scale()).steps)
-    stitcher = WorldStitcher(load_dataset_plugin(place.name)(), stitching or Scale(), learned, 0, progress)
+    # a value is that of one sampler: the training's own, which has no classifier-free guidance
+    sampler = GenerationSettings(scale.steps, guidance_scale=1.0)
+    stitcher = WorldStitcher(load_dataset_plugin(place.name)(), stitching or Scale(), learned, 0, progress, sampler)
     job = _Job(make_folder(out), place, scale, tuple(rewards or ()), value, stitcher)
     report: dict[str, Any] = {}
     failed: dict[str, str] = {}
@@ -127,7 +129,8 @@ class _Job:
         """What tells the value model of stopped rows from another: how it was or will be made."""
         folders = self._given_folders(backbone)
         if not folders:
-            return {"scale": attrs.asdict(self.stitcher.scale), "recipe": attrs.asdict(self.stitcher.recipe)}
+            made = ("scale", "recipe", "generation")
+            return {name: attrs.asdict(getattr(self.stitcher, name)) for name in made}
         facts = [dict(read_json(folder / CONFIG)) for folder in folders]
         return facts[0] if len(facts) == 1 else {"together": facts}
 
@@ -204,15 +207,18 @@ class _Job:
         """What ``TABLE.json`` holds."""
         entries, missing = [], []
         for backbone in backbones:
+            done: dict[str, tuple[dict[str, Any], dict[int, dict[str, Any]]]] = {}
             for row in rows:
                 found = {seed: self._read(backbone, row, seed) for seed in self.scale.seeds}
                 missing += [f"{backbone} {row.name} {seed}" for seed, run in found.items() if run is None]
-                runs = [run for run in found.values() if run is not None]
+                runs = {seed: run for seed, run in found.items() if run is not None}
                 if runs:
-                    entries.append(_entry(backbone, row, runs))
-        for each in entries:
-            plain = [one for one in entries if one["backbone"] == each["backbone"] and one["row"] == each["beside"]]
-            each["time_to_match"] = _time_to_match(each, plain[0]) if plain else None
+                    done[row.name] = _entry(backbone, row, list(runs.values())), runs
+            for entry, runs in done.values():
+                plain, beside = done.get(entry["beside"], (None, {}))
+                entry["time_to_match"] = _time_to_match(entry, plain) if plain else None
+                entry["gain"] = _gain(runs, beside) if set(runs) & set(beside) else None
+                entries.append(entry)
         return {
             "table": table, "title": title, "world": self.world.name, "partial": bool(missing), "missing": missing,
             "failed": dict(failed), "rows": entries, "settings": attrs.asdict(self.scale), "versions": versions(),
@@ -252,6 +258,16 @@ def _time_to_match(stopped: Mapping[str, Any], plain: Mapping[str, Any]) -> list
         reached = [s for s, mean in zip(ours["seconds"], ours[name], strict=True) if mean >= theirs[name][-1]]
         found.append(reached[0] / theirs["seconds"][-1] if reached else None)
     return found
+
+
+def _gain(stopped: Mapping[int, Mapping[str, Any]], plain: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the stopped trainings' last samples score above the plain ones', prompt by prompt and from the same noise,
+    by reward. Prompts are the independent units: each one's mean over the seeds that both have counts once."""
+    seeds = sorted(set(stopped) & set(plain))
+    ends = [[runs[seed]["evaluations"][-1]["scores"] for seed in seeds] for runs in (stopped, plain)]
+    means = [{name: [sum(prompt) / len(seeds) for prompt in zip(*(end[name] for end in of), strict=True)]
+              for name in of[0]} for of in ends]  # fmt: skip
+    return {name: paired_gain(means[0][name], means[1][name]).report() for name in means[0]}
 
 
 def _write(report: Mapping[str, Any], against: str, folder: Path) -> None:

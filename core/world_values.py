@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from .backbone import Backbone
-from .examples import cache_key
+from .examples import GenerationSettings, cache_key
 from .files import read_json, write_json
 from .finetune import FinetuneSettings
 from .images import ImageSource, open_images
@@ -32,13 +32,15 @@ MADE = "made.json"
 
 @attrs.define(eq=False)
 class WorldStitcher:
-    """Stitches pairs of the world of ``dataset``, all by one ``recipe``; the pictures of a metric stay drawn."""
+    """Stitches pairs of the world of ``dataset``, all by one ``recipe``, whose samples are drawn by ``generation``; the
+    pictures of a metric stay drawn."""
 
     dataset: Any
     scale: Scale
     recipe: FinetuneSettings
     seed: int
     progress: bool
+    generation: GenerationSettings = attrs.field(factory=GenerationSettings)
     _drawn: dict[MetricKind, SkillData] = attrs.field(factory=dict)
 
     def settings(self, backbone: Backbone, reward: Reward | JointReward) -> dict[str, Any]:
@@ -47,8 +49,9 @@ class WorldStitcher:
         scale.pop("held_out")
         recipe.pop("checkpoint_every")
         judges = [network_identity(one) for one in load_rewards(reward).values()]
+        drawn = {"generation": attrs.asdict(self.generation)} if self.recipe.generated > 0 else {}
         content = {"backbone": network_identity(backbone), "reward": judges[0] if len(judges) == 1 else judges,
-                   "scale": scale, "recipe": recipe, "seed": self.seed}  # fmt: skip
+                   "scale": scale, "recipe": recipe, "seed": self.seed, **drawn}  # fmt: skip
         return dict(json.loads(json.dumps(content)))
 
     def known(self, place: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -82,7 +85,8 @@ class WorldStitcher:
             prompts = self.dataset.prompts("train", max(scale.samples // self.recipe.seeds_per_prompt, 1), self.seed)
         return stitch(
             backbone, reward, images=self.pictures(reward), out=out, work=work, recipe=self.recipe, prompts=prompts,
-            count=scale.images, samples=scale.samples, seed=self.seed, progress=self.progress, **searching, **where,
+            count=scale.images, samples=scale.samples, generation=self.generation, seed=self.seed,
+            progress=self.progress, **searching, **where,
         )  # fmt: skip
 
     def once(self, backbone: Backbone, reward: Reward | JointReward, folder: Path) -> Path:

@@ -122,9 +122,12 @@ def test_stitch_evaluate_align_and_compare(run, tmp_path):
     value = tmp_path / "value"
     code, out, err = run(
         "stitch", *PAIR, "--out", value, *SHORT, "--count", 8, "--generated", 0.5, "--samples", 4, "--prompts", "noise",
-        "--learning-rate", 1e-4, "--seed", 5, "--json",
+        "--learning-rate", 1e-4, "--seed", 5, "--sampling-steps", 3, "--guidance-scale", 1, "--json",
     )  # fmt: skip
     assert code == 0, err
+    (drawn,) = (value / "work").glob("samples-*/settings.json")
+    drawing = json.loads(drawn.read_text())["generation"]
+    assert (drawing["steps"], drawing["guidance_scale"]) == (3, 1.0)
     report = json.loads(out)
     assert report["recipe"]["steps"] == 2 and report["recipe"]["seed"] == 5 and report["interface"]["i"] in (1, 3)
     assert StitchedValue.from_pretrained(value).interface().i == report["interface"]["i"]

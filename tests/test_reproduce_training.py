@@ -9,7 +9,8 @@ import attrs
 import pytest
 
 from stitchvm.core import ConfigError
-from stitchvm.core.training_reproduction import _time_to_match, reproduce_training
+from stitchvm.core.finetune import FinetuneSettings
+from stitchvm.core.training_reproduction import _gain, _time_to_match, reproduce_training
 from stitchvm.core.training_tables import TRAINING_TABLES, TrainingScale
 from stitchvm.core.worlds import Scale
 from test_reproduce import networks, world  # noqa: F401  (fixtures)
@@ -28,6 +29,9 @@ def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  
     assert list(plain["after"]) == ["tiny-clip", "tiny-aesthetic", "detector"]  # trained, held out, the dataset's word
     assert plain["cost"]["decoder"] > 0 and "decoder" not in stopped["cost"] and stopped["cost"]["head"] > 0
     assert plain["time_to_match"] is None and len(stopped["time_to_match"]) == 2
+    assert plain["gain"] is None
+    difference = stopped["after"]["tiny-aesthetic"]["mean"] - plain["after"]["tiny-aesthetic"]["mean"]
+    assert stopped["gain"]["tiny-aesthetic"]["mean"] == pytest.approx(difference)
     lines = list(csv.DictReader((tmp_path / "table3.csv").open()))
     assert len(lines) == 2 * 2 * 3  # rows, seeds, evaluations
     assert (tmp_path / "table3.png").exists()
@@ -58,6 +62,17 @@ def test_value_models_of_each_reward_serve_a_training_for_all(world, tmp_path): 
     assert list(report["rows"][0]["after"]) == ["tiny-clip + tiny-aesthetic", "detector"]
 
 
+def test_samples_that_its_value_is_stitched_on_are_of_the_sampler_in_training(world, tmp_path):  # noqa: F811
+    recipe = FinetuneSettings(generated=0.5, batch_size=2)
+    reproduce_training(
+        "table3", "toy", tmp_path, rows=["draft-1-stopped"], scale=attrs.evolve(TINY, seeds=(0,)), recipe=recipe,
+        stitching=attrs.evolve(STITCHING, samples=2), progress=False,
+    )  # fmt: skip
+    (made,) = (tmp_path / "models").glob("*/made.json")
+    drawn = json.loads(made.read_text())["settings"]["generation"]
+    assert (drawn["steps"], drawn["guidance_scale"]) == (TINY.steps, 1.0)
+
+
 def test_the_command_says_what_became_of_the_rewards(world, run, tmp_path):  # noqa: F811
     settings = ("updates=1", "prompts=2", "samples=2", "steps=4", "evaluation_prompts=2", "seeds=[0]")
     sets = [argument for pair in settings for argument in ("--set", pair)]
@@ -81,6 +96,16 @@ def test_time_to_match_is_when_the_plain_ones_last_reward_was_reached():
     plain = {"trained": "r", "curves": [{"seconds": [0, 50, 100], "r": [0.1, 0.2, 0.3]}] * 2}
     stopped = {"curves": [{"seconds": [0, 20, 40], "r": means} for means in ([0.1, 0.3, 0.4], [0.1, 0.2, 0.2])]}
     assert _time_to_match(stopped, plain) == [0.2, None]
+
+
+def test_a_stopped_training_is_paired_with_its_plain_one_by_prompt_and_seed():
+    """Three prompts: their differences, mean over both seeds, are 0.1, 0.3 and 0.2; a third seed has no pair."""
+    plain = {0: [1.0, 2.0, 3.0], 1: [2.0, 1.0, 5.0]}
+    stopped = {0: [1.2, 2.2, 3.0], 1: [2.0, 1.4, 5.4], 2: [9.0, 9.0, 9.0]}
+    ours, theirs = ({seed: {"evaluations": [{"scores": {"r": scores}}]} for seed, scores in runs.items()}
+                    for runs in (stopped, plain))  # fmt: skip
+    found = _gain(ours, theirs)["r"]
+    assert found["mean"] == pytest.approx(0.2) and found["stderr"] == pytest.approx(0.1 / 3**0.5)
 
 
 def test_windows_are_steps_and_never_the_last():

@@ -39,6 +39,9 @@ def command(
     count: Annotated[int | None, typer.Option(help="Real images to train on (default: all).")] = None,
     samples: Annotated[int, typer.Option(help="Samples of the backbone's own, where the recipe takes some.")] = 4096,
     sampling_steps: Annotated[int, typer.Option(help="Steps those samples take.")] = 28,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Classifier-free guidance of those samples: that of the sampler to be read.")
+    ] = 3.0,
     prompts: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="What they are drawn for: a dataset or a text file (default: no prompt)."),
@@ -82,7 +85,7 @@ def command(
     value = stitch(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples,
-        generation=GenerationSettings(steps=sampling_steps), seed=settings.seed, conditioning=conditioning,
+        generation=GenerationSettings(sampling_steps, guidance_scale), seed=settings.seed, conditioning=conditioning,
         start_from=start_from, **_where(interface, vae, cuts, blocks, start_from), **_given(searching),
     )  # fmt: skip
     warn_skipped(source)

@@ -69,6 +69,11 @@ def train_and_compare(
              *(_change(row, name) for name in rewards), _shares(row["time_to_match"]))
             for row in report["rows"]
         ])  # fmt: skip
+        paired = [row for row in report["rows"] if row["gain"]]
+        if paired:
+            print_table(("backbone", "training", *(f"{name}, above the plain one" for name in rewards)), [
+                (row["backbone"], row["label"], *(_signed(row["gain"][name]) for name in rewards)) for row in paired
+            ])  # fmt: skip
         done = "Partial. Written" if report["partial"] else "Written"
         typer.echo(f"{done} to {out}: {table}.csv, {table}.json, {table}.png.")
     for name, error in report["failed"].items():
@@ -81,6 +86,10 @@ def _change(row: dict[str, Any], name: str) -> str:
     after = row["after"][name]
     error = "" if after["stderr"] is None else f" ± {after['stderr']:.2g}"
     return f"{row['before'][name]:.4g} to {after['mean']:.4g}{error}"
+
+
+def _signed(gain: dict[str, float]) -> str:
+    return f"{gain['mean']:+.4f} ± {gain['stderr']:.4f}"
 
 
 def _shares(found: list[float | None] | None) -> str:
