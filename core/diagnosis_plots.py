@@ -27,27 +27,20 @@ def diagnosis_panels(report: Mapping[str, Any], kernel: str, path: Path) -> None
     """
     reference = report["reference"]
     with open_figure(path, 11, 8) as figure:
-        panels = figure.subplots(2, 2).flatten()
-        _lines(panels[0], report, "rank")
-        panels[0].axhline(0, color=GREY, linewidth=0.8)
-        panels[0].set_ylim(min(-0.1, panels[0].get_ylim()[0]), 1.05)
-        decorate(panels[0], "Which seed of a prompt will end best", "noise level sigma", "rank correlation in a prompt")
-        _lines(panels[1], report, "within_slope")
-        panels[1].axhline(1, color=BLACK, linestyle="--", linewidth=0.8)
-        low, high = panels[1].get_ylim()
-        panels[1].set_ylim(max(_SLOPES[0], min(low, 0.0)), min(_SLOPES[1], max(high, 1.5)))
-        decorate(panels[1], "Reward gained per unit of value (1: calibrated)", "noise level sigma", "slope in a prompt")
-        if reference is None:
-            panels[2].set_axis_off()
-        else:
-            _lines(panels[2], report, "cosine")
-            label = f"exact gradient, about ({reference['rollouts']} rollouts)"
-            line = panels[2].plot(report["sigma"], reference["ceiling"], color=BLACK, linestyle="--", label=label)
-            panels[2].axhline(0, color=GREY, linewidth=0.8)
-            panels[2].legend(handles=line, frameon=False, fontsize=8)
-            decorate(panels[2], "Gradient beside that of many rollouts", "noise level sigma", "mean cosine")
-        _costs(panels[3], report["estimators"])
-        handles, labels = panels[0].get_legend_handles_labels()
+        ranks, slopes, costs = (figure.add_subplot(2, 2, place) for place in (1, 2, 4 if reference else 3))
+        _lines(ranks, report, "rank")
+        ranks.axhline(0, color=GREY, linewidth=0.8)
+        ranks.set_ylim(min(-0.1, ranks.get_ylim()[0]), 1.05)
+        decorate(ranks, "Which seed of a prompt will end best", "noise level sigma", "rank correlation in a prompt")
+        _lines(slopes, report, "within_slope")
+        slopes.axhline(1, color=BLACK, linestyle="--", linewidth=0.8)
+        low, high = slopes.get_ylim()
+        slopes.set_ylim(max(_SLOPES[0], min(low, 0.0)), min(_SLOPES[1], max(high, 1.5)))
+        decorate(slopes, "Reward gained per unit of value (1: calibrated)", "noise level sigma", "slope in a prompt")
+        if reference is not None:
+            _gradients(figure.add_subplot(2, 2, 3), report)
+        _costs(costs, report["estimators"])
+        handles, labels = ranks.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
         counts = f"{report['prompts']} prompts with {report['seeds']} seeds"
         figure.suptitle(f"Value estimators along {kernel} samples, {counts}, ± one standard error", fontsize=13)
@@ -66,8 +59,21 @@ def _lines(axes: Axes, report: Mapping[str, Any], figure: str) -> None:
         axes.errorbar(report["sigma"], levels, errors, color=colour, marker=marker, capsize=3, markersize=4, label=name)
 
 
+def _gradients(axes: Axes, report: Mapping[str, Any]) -> None:
+    """The cosine of every estimator's gradient, below what an exact one would reach."""
+    reference = report["reference"]
+    _lines(axes, report, "cosine")
+    label = f"exact gradient, about ({reference['rollouts']} rollouts)"
+    line = axes.plot(report["sigma"], reference["ceiling"], color=BLACK, linestyle="--", label=label)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.legend(handles=line, frameon=False, fontsize=8)
+    decorate(axes, "Gradient beside that of many rollouts", "noise level sigma", "mean cosine")
+
+
 def _costs(axes: Axes, estimators: Mapping[str, Any]) -> None:
     """Milliseconds a latent on a logarithmic axis: full bars forward, pale ones with the gradient."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for row, (name, colour, _) in enumerate(_styles(estimators)):
         cost = estimators[name]["cost"]
         for place, (kind, alpha) in enumerate((("forward", 1.0), ("gradient", 0.45))):
@@ -76,6 +82,9 @@ def _costs(axes: Axes, estimators: Mapping[str, Any]) -> None:
                 axes.barh(row + 0.36 * place, time, height=0.34, color=colour, alpha=alpha)
                 axes.annotate(f" {time:.3g}", (time, row + 0.36 * place), va="center", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.25)
     axes.set_yticks([row + 0.18 for row in range(len(estimators))], list(estimators))
     axes.invert_yaxis()
