@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .checkpoints import load_optimiser, optimiser_tensors
 from .errors import ConfigError
@@ -60,7 +62,8 @@ class Optimisers:
     def step(self, scaler: torch.amp.GradScaler) -> None:
         """Move all parameters and forget their gradients."""
         for optimiser in self.named.values():
-            scaler.step(optimiser)
+            with _WithoutBfloat16() if _on_cpu(optimiser) else nullcontext():
+                scaler.step(optimiser)
         scaler.update()
         for optimiser in self.named.values():
             optimiser.zero_grad(set_to_none=True)
@@ -73,6 +76,20 @@ class Optimisers:
         """Take what :meth:`tensors` gave."""
         for name, optimiser in self.named.items():
             load_optimiser(optimiser, tensors, name)
+
+
+class _WithoutBfloat16(TorchFunctionMode):
+    """What is cast to bfloat16 here stays as it is: torch's Muon iterates in it, at which a CPU without units for it is
+    many times slower than at float32."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return args[0].clone() if func is Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
+
+def _on_cpu(optimiser: torch.optim.Optimizer) -> bool:
+    return all(p.device.type == "cpu" for group in optimiser.param_groups for p in group["params"])
 
 
 def _muon(groups: list[dict[str, Any]], rate: float, decay: float) -> torch.optim.Optimizer:
