@@ -36,14 +36,15 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 @attrs.frozen
 class Provenance:
-    """What made a value model, kept in its config: ``recipe`` and ``search`` settings, ``metrics``, ``cost``; all
-    JSON-able."""
+    """What made a value model, kept in its config: ``recipe`` and ``search`` settings, ``metrics``, ``cost``; how many
+    ``examples`` of which kind, and the sampler that drew them: the value is that sampler's. All JSON-able."""
 
     recipe: dict[str, Any] = attrs.field(factory=dict)
     search: dict[str, Any] = attrs.field(factory=dict)
     metrics: dict[str, Any] = attrs.field(factory=dict)
     cost: dict[str, Any] = attrs.field(factory=dict)
     seed: int = 0
+    examples: dict[str, Any] = attrs.field(factory=dict)
 
     @classmethod
     def of_several(cls, parts: Mapping[str, Provenance]) -> Provenance:
@@ -55,6 +56,7 @@ class Provenance:
             search={name: part.search for name, part in parts.items()},
             metrics={name: part.metrics for name, part in parts.items()},
             cost={name: part.cost for name, part in parts.items()},
+            examples={name: part.examples for name, part in parts.items()},
         )
 
 
@@ -128,7 +130,7 @@ def load(
     value = cls(
         head, {entry["name"]: _branch(rewards[entry["name"]], entry) for entry in config["stitches"]}, null,
         [entry["weight"] for entry in config["stitches"]], rewards,
-        Provenance(**{field.name: config[field.name] for field in attrs.fields(Provenance)}),
+        Provenance(**{field.name: config[field.name] for field in attrs.fields(Provenance) if field.name in config}),
         prompted=config.get("head_reads", _NULL) == _PROMPT,
     )  # fmt: skip
     own = {n.removeprefix("branches."): t for n, t in tensors.items() if n.startswith("branches.")}
@@ -186,7 +188,7 @@ def model_card(config: dict[str, Any]) -> str:
         'value = core.StitchedValue.from_pretrained("this/folder")', "```", "",
         f"The backbone is not included. Licences of the parts carry over: {licences}.", "",
     ]  # fmt: skip
-    for title in ("recipe", "metrics"):
+    for title in ("recipe", "examples", "metrics"):
         if config[title]:
             lines += [f"## {title.capitalize()}", "", *(f"- {k}: {v}" for k, v in config[title].items()), ""]
     return "\n".join(lines)

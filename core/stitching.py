@@ -130,11 +130,25 @@ def stitch(
         metrics={"final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 6), "skipped_images": len(source.skipped)},
         cost=cost.report(),
         seed=recipe.seed,
+        examples=_learned_from(real, generated, _generation(recipe, chosen)),
     )
     if folder is not None:
         value.save_pretrained(folder)
         plots.loss_curve(losses, folder / "loss.png")
     return value
+
+
+def _generation(recipe: FinetuneSettings, settings: StitchSettings) -> GenerationSettings:
+    """How samples are drawn: their states on the way are kept for recipes that read them there."""
+    return settings.generation if recipe.on_policy > 0 else attrs.evolve(settings.generation, states=0)
+
+
+def _learned_from(
+    real: Examples | None, generated: Examples | None, generation: GenerationSettings
+) -> dict[str, Any]:
+    """How many pictures and samples, and how the samples were drawn; JSON-able."""
+    found: dict[str, Any] = {} if real is None else {"images": len(real)}
+    return found if generated is None else {**found, "samples": len(generated), "drawn by": attrs.asdict(generation)}
 
 
 def _settings(given: dict[str, Any]) -> StitchSettings:
@@ -331,7 +345,7 @@ def training_examples(
         )
     if recipe.generated > 0:
         asked = list(prompts) if prompts is not None else [""]
-        generation = settings.generation if recipe.on_policy > 0 else attrs.evolve(settings.generation, states=0)
+        generation = _generation(recipe, settings)
         key = {**pair, "prompts": cache_key({"prompts": asked}), "count": settings.samples,
                "generation": attrs.asdict(generation), "scored": True, **kept}  # fmt: skip
         drawn = from_samples(backbone, asked, settings.samples, side, settings.batch, generation)

@@ -128,6 +128,9 @@ def test_stitch_evaluate_align_and_compare(run, tmp_path):
     (drawn,) = (value / "work").glob("samples-*/settings.json")
     drawing = json.loads(drawn.read_text())["generation"]
     assert (drawing["steps"], drawing["guidance_scale"]) == (3, 1.0)
+    told = json.loads((value / "config.json").read_text())["examples"]
+    assert (told["images"], told["samples"], told["drawn by"]) == (8, 4, drawing)
+    assert "- samples: 4" in (value / "README.md").read_text()
     report = json.loads(out)
     assert report["recipe"]["steps"] == 2 and report["recipe"]["seed"] == 5 and report["interface"]["i"] in (1, 3)
     assert StitchedValue.from_pretrained(value).interface().i == report["interface"]["i"]
