@@ -61,7 +61,7 @@ def test_importing_core_and_every_built_in_plugin_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_list_takes_under_half_a_second():
+def test_list_takes_under_a_second():
     """Processor time, the best of three: a busy machine stretches the clock, not the work."""
 
     def seconds() -> float:
@@ -70,7 +70,7 @@ def test_list_takes_under_half_a_second():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    assert min(seconds() for _ in range(3)) < 1.0
 
 
 def test_list_shows_names_licences_and_status(run):
