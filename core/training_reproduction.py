@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -251,12 +252,15 @@ def _entry(backbone: str, row: TrainingRow, runs: Sequence[Mapping[str, Any]]) -
 
 
 def _time_to_match(stopped: Mapping[str, Any], plain: Mapping[str, Any]) -> list[float | None]:
-    """For every seed of both, the share of the plain training's time after which the stopped one had its final trained
-    reward; None where it never had."""
+    """For every seed of the stopped trainings, the share of the plain one's time after which it had the plain one's
+    final trained reward; None where it never had, or where there is no plain one of that seed."""
     name, found = plain["trained"], []
-    for ours, theirs in zip(stopped["curves"], plain["curves"], strict=False):
-        reached = [s for s, mean in zip(ours["seconds"], ours[name], strict=True) if mean >= theirs[name][-1]]
-        found.append(reached[0] / theirs["seconds"][-1] if reached else None)
+    plain_curves = dict(zip(plain["seeds"], plain["curves"], strict=True))
+    for seed, ours in zip(stopped["seeds"], stopped["curves"], strict=True):
+        theirs = plain_curves.get(seed)
+        goal = theirs[name][-1] if theirs else math.inf
+        reached = [s for s, mean in zip(ours["seconds"], ours[name], strict=True) if mean >= goal]
+        found.append(reached[0] / theirs["seconds"][-1] if theirs and reached else None)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from results import summary
 from stitchvm.core import ConfigError, StitchedValue, registry
 from stitchvm.core.cli.options import levels, numbers
 from stitchvm.core.cli.stitch import read_recipe
+from stitchvm.core.recipes import recipe
 
 DATASET = """
 import torch
@@ -281,10 +283,13 @@ def test_a_recipe_file_is_strict(tmp_path):
     file.write_text('steps = 7\nnoise = "uniform"\n')
     assert read_recipe(str(file), {"seed": 3}).steps == 7
     assert read_recipe("quick", {"steps": 5}).steps == 5
+    file.write_text('base = "quick"\nwarmup_steps = 7\n')
+    assert read_recipe(str(file), {}) == attrs.evolve(recipe("quick"), warmup_steps=7)
     for text, message in (
         ("stepz = 7", "unknown key 'stepz', did you mean 'steps'"),
         ('steps = "7"', "expected a whole number"),
         ('noise = "pink"', "noise"),
+        ('base = "slow"', "unknown recipe 'slow'; choose one of paper"),
         ("steps = ", "not valid TOML"),
     ):
         file.write_text(text)

@@ -152,5 +152,5 @@ def test_the_workflow_takes_its_pairs_from_the_list():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert 'echo "matrix=$(stitchvm pairs --github)" >> "$GITHUB_OUTPUT"' in workflow
     assert "matrix: ${{ fromJSON(needs.list-pairs.outputs.matrix) }}" in workflow
-    assert 'pytest tests/test_pairs.py --backbones "${{ matrix.backbones }}"' in workflow
+    assert 'pytest -n 2 tests/test_pairs.py --backbones "${{ matrix.backbones }}"' in workflow
     assert all(f"dist/{name}-*.whl" in workflow for name in ("stitchvm_shapes", "stitchvm_pixart_example"))

@@ -93,9 +93,11 @@ def test_options_that_a_training_would_ignore_are_refused(world, run, tmp_path):
 
 
 def test_time_to_match_is_when_the_plain_ones_last_reward_was_reached():
-    plain = {"trained": "r", "curves": [{"seconds": [0, 50, 100], "r": [0.1, 0.2, 0.3]}] * 2}
-    stopped = {"curves": [{"seconds": [0, 20, 40], "r": means} for means in ([0.1, 0.3, 0.4], [0.1, 0.2, 0.2])]}
-    assert _time_to_match(stopped, plain) == [0.2, None]
+    curves = [{"seconds": [0, 50, 100], "r": [0.1, 0.2, last]} for last in (0.3, 0.9)]
+    plain = {"trained": "r", "seeds": [0, 2], "curves": curves}
+    curves = [{"seconds": [0, 20, 40], "r": means} for means in ([0.1, 0.3, 0.4], [0.1, 2.0, 2.0], [0.1, 0.2, 0.2])]
+    assert _time_to_match({"seeds": [0, 1, 2], "curves": curves}, plain) == [0.2, None, None]  # seed 1 has no plain one
+    assert _time_to_match({"seeds": [2, 0], "curves": curves[1:]}, plain) == [0.2, None]
 
 
 def test_a_stopped_training_is_paired_with_its_plain_one_by_prompt_and_seed():

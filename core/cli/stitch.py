@@ -28,7 +28,9 @@ def command(
     weights: Annotated[
         str | None, typer.Option(metavar="LIST", help="Of the rewards in the value, such as 1,0.5 (default: 1 each).")
     ] = None,
-    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="paper, quick, full, further, or TOML.")] = "paper",
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="paper, quick, full, further, or TOML that may change a base.")
+    ] = "paper",
     steps: Annotated[int | None, typer.Option(help=f"Finetune steps {_SAME}.")] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"Latents a step {_SAME}.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help=f"Of the tail {_SAME}.")] = None,
@@ -97,7 +99,8 @@ def command(
 
 
 def read_recipe(source: str, changes: dict[str, Any]) -> FinetuneSettings:
-    """A recipe by name or from a TOML file, with ``changes``; :class:`ConfigError` names what is wrong in it."""
+    """A recipe by name, or from a TOML file whose ``base`` names the one that it changes (the paper's where it has
+    none), with ``changes``; :class:`ConfigError` names what is wrong in it."""
     from ..finetune import FinetuneSettings
     from ..recipes import recipe
     from ..structuring import plain, structure
@@ -111,7 +114,8 @@ def read_recipe(source: str, changes: dict[str, Any]) -> FinetuneSettings:
         raise ConfigError(f"recipe {source!r} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         raise ConfigError(f"recipe {source!r} is not valid TOML: {error}.") from error
-    return structure(FinetuneSettings, {**table, **changes}, source)
+    base = plain(recipe(table.pop("base", "paper")))
+    return structure(FinetuneSettings, {**base, **table, **changes}, source)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
