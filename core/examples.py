@@ -92,8 +92,8 @@ class Examples:
             within = [rows[p] % SHARD for p in positions]
             with safe_open(_shard(self.folder, shard), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - the handle is not iterable
-                    whole = file.get_slice(name)
-                    columns.setdefault(name, []).extend(whole[row : row + 1] for row in within)
+                    # the file is mapped into memory, of which indexing reads the rows alone
+                    columns.setdefault(name, []).append(file.get_tensor(name)[within])
         back = torch.argsort(torch.tensor(order))
         joined = {name: torch.cat(parts)[back] for name, parts in columns.items()}
         return {name: t.float() if t.is_floating_point() else t for name, t in joined.items()}
