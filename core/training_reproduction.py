@@ -218,7 +218,9 @@ class _Job:
             for entry, runs in done.values():
                 plain, beside = done.get(entry["beside"], (None, {}))
                 entry["time_to_match"] = _time_to_match(entry, plain) if plain else None
-                entry["gain"] = _gain(runs, beside) if set(runs) & set(beside) else None
+                paired = bool(set(runs) & set(beside))
+                entry["gain"] = _gain(runs, beside) if paired else None
+                entry["gain_in_its_time"] = _gain(runs, beside, in_its_time=True) if paired else None
                 entries.append(entry)
         return {
             "table": table, "title": title, "world": self.world.name, "partial": bool(missing), "missing": missing,
@@ -264,14 +266,26 @@ def _time_to_match(stopped: Mapping[str, Any], plain: Mapping[str, Any]) -> list
     return found
 
 
-def _gain(stopped: Mapping[int, Mapping[str, Any]], plain: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _gain(
+    stopped: Mapping[int, Mapping[str, Any]], plain: Mapping[int, Mapping[str, Any]], *, in_its_time: bool = False
+) -> dict[str, Any]:
     """What the stopped trainings' last samples score above the plain ones', prompt by prompt and from the same noise,
-    by reward. Prompts are the independent units: each one's mean over the seeds that both have counts once."""
+    by reward; ``in_its_time``: above the plain ones' first evaluation after no less time. Prompts are the independent
+    units: each one's mean over the seeds that both have counts once."""
     seeds = sorted(set(stopped) & set(plain))
-    ends = [[runs[seed]["evaluations"][-1]["scores"] for seed in seeds] for runs in (stopped, plain)]
+    last = [stopped[seed]["evaluations"][-1] for seed in seeds]
+    longest = [end["seconds"] if in_its_time else math.inf for end in last]
+    beside = [_evaluation_after(plain[seed], seconds) for seed, seconds in zip(seeds, longest, strict=True)]
+    ends = [[evaluation["scores"] for evaluation in of] for of in (last, beside)]
     means = [{name: [sum(prompt) / len(seeds) for prompt in zip(*(end[name] for end in of), strict=True)]
               for name in of[0]} for of in ends]  # fmt: skip
     return {name: paired_gain(means[0][name], means[1][name]).report() for name in means[0]}
+
+
+def _evaluation_after(run: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
+    """The first evaluation after at least that time, or the last."""
+    evaluations = run["evaluations"]
+    return dict(next((one for one in evaluations if one["seconds"] >= seconds), evaluations[-1]))
 
 
 def _write(report: Mapping[str, Any], against: str, folder: Path) -> None:

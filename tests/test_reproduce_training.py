@@ -21,9 +21,7 @@ STITCHING = Scale(images=8, steps=2, probes=8)
 
 def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  # noqa: F811
     rows = ["draft-1", "draft-1-stopped"]
-    report = reproduce_training(
-        "table3", "toy", tmp_path, rows=rows, scale=TINY, stitching=STITCHING, progress=False
-    )
+    report = reproduce_training("table3", "toy", tmp_path, rows=rows, scale=TINY, stitching=STITCHING, progress=False)
     assert report["failed"] == {} and [row["row"] for row in report["rows"]] == rows
     plain, stopped = report["rows"]
     assert list(plain["after"]) == ["tiny-clip", "tiny-aesthetic", "detector"]  # trained, held out, the dataset's word
@@ -38,9 +36,7 @@ def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  
     assert len(report["missing"]) == 2 * (len(TRAINING_TABLES["table3"][1](TINY)) - 2)
     records = sorted((tmp_path / "trainings").glob("*/train.json"))
     before = [path.stat().st_mtime_ns for path in records]
-    again = reproduce_training(
-        "fig4", "toy", tmp_path, rows=rows, scale=TINY, stitching=STITCHING, progress=False
-    )
+    again = reproduce_training("fig4", "toy", tmp_path, rows=rows, scale=TINY, stitching=STITCHING, progress=False)
     assert [path.stat().st_mtime_ns for path in records] == before  # fig4 draws the same trainings
     assert again["rows"] == report["rows"]
     reproduce_training(  # by another value, stopped trainings are others
@@ -101,13 +97,23 @@ def test_time_to_match_is_when_the_plain_ones_last_reward_was_reached():
 
 
 def test_a_stopped_training_is_paired_with_its_plain_one_by_prompt_and_seed():
-    """Three prompts: their differences, mean over both seeds, are 0.1, 0.3 and 0.2; a third seed has no pair."""
+    """Three prompts: their differences, mean over both seeds, are 0.1, 0.3 and 0.2 from the plain one's last samples
+    and 0.2 more from those after 50 seconds, which the stopped one did not take; a third seed has no pair."""
     plain = {0: [1.0, 2.0, 3.0], 1: [2.0, 1.0, 5.0]}
     stopped = {0: [1.2, 2.2, 3.0], 1: [2.0, 1.4, 5.4], 2: [9.0, 9.0, 9.0]}
-    ours, theirs = ({seed: {"evaluations": [{"scores": {"r": scores}}]} for seed, scores in runs.items()}
-                    for runs in (stopped, plain))  # fmt: skip
+    ours = {seed: {"evaluations": [evaluated(0, [0.0] * 3), evaluated(40, scores)]} for seed, scores in stopped.items()}
+    theirs = {seed: {"evaluations": [evaluated(0, [0.0] * 3), evaluated(50, [score - 0.2 for score in scores]),
+                                     evaluated(100, scores)]} for seed, scores in plain.items()}  # fmt: skip
     found = _gain(ours, theirs)["r"]
     assert found["mean"] == pytest.approx(0.2) and found["stderr"] == pytest.approx(0.1 / 3**0.5)
+    assert _gain(ours, theirs, in_its_time=True)["r"]["mean"] == pytest.approx(0.4)
+    for run in ours.values():  # one that takes longer than the plain one has its end beside it
+        run["evaluations"][-1]["seconds"] = 200
+    assert _gain(ours, theirs, in_its_time=True) == {"r": found}
+
+
+def evaluated(seconds, scores):
+    return {"seconds": seconds, "scores": {"r": scores}}
 
 
 def test_windows_are_steps_and_never_the_last():

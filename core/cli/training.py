@@ -11,6 +11,8 @@ import typer
 from .options import key_values
 from .output import print_json, print_table
 
+_BESIDE = {"gain": "after as many updates", "gain_in_its_time": "after no less time"}
+
 EVALUATED = 16
 """Held-out prompts that are sampled on the way, where the prompts come from a dataset."""
 
@@ -71,8 +73,9 @@ def train_and_compare(
         ])  # fmt: skip
         paired = [row for row in report["rows"] if row["gain"]]
         if paired:
-            print_table(("backbone", "training", *(f"{name}, above the plain one" for name in rewards)), [
-                (row["backbone"], row["label"], *(_signed(row["gain"][name]) for name in rewards)) for row in paired
+            print_table(("backbone", "training", "above the plain one", *rewards), [
+                (row["backbone"], row["label"], beside, *(_signed(row[gain][name]) for name in rewards))
+                for row in paired for gain, beside in _BESIDE.items()
             ])  # fmt: skip
         done = "Partial. Written" if report["partial"] else "Written"
         typer.echo(f"{done} to {out}: {table}.csv, {table}.json, {table}.png.")
