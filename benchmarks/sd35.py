@@ -150,7 +150,8 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         cuda = self.device.type == "cuda"
-        self.bytes = (torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")) - self._before
+        most = torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")
+        self.bytes = max(most - self._before, 0)  # Linux counts a thread's last pages late
 
 
 def _resident(line: str) -> int:

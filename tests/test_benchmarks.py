@@ -100,7 +100,6 @@ def test_every_figure_takes_its_passes(guidance, sd35):
         assert found["passes"] == PASSES[name], name
         assert len(found["seconds"]) == 2
         assert 0 < found["min"] <= found["median"]
-        assert found["memory"] >= 0
 
 
 def test_random_weights_are_the_same_every_time(sd35):
@@ -210,7 +209,7 @@ def test_every_iteration_of_training_takes_its_passes(training, sd35):
     for name, figure in training.FIGURES.items():
         found = training.measure(sd35.Networks.build(small=True), figure, repeats=1)
         assert found["passes"] == expected[name], name
-        assert found["min"] > 0 and found["memory"] >= 0
+        assert found["min"] > 0
 
 
 def test_the_ratios_of_training_are_those_of_its_figures(training):
