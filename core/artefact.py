@@ -7,6 +7,7 @@ backbone already in memory.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,6 +84,23 @@ def config_of(value: StitchedValue) -> dict[str, Any]:
         "i": value.head.cut, "taps": list(value.head.taps), "head_reads": _PROMPT if value.prompted else _NULL,
         "stitches": rewards, "versions": versions(), **attrs.asdict(value.provenance),
     }  # fmt: skip
+
+
+def saved_identity(folder: Path) -> dict[str, Any]:
+    """JSON-able: what tells a saved value model from another without loading it, its weights included; how it came
+    about (:class:`Provenance`, versions) is left out.
+
+    Raises ``ArtefactError`` for a config or weights that are missing or unreadable.
+    """
+    told = {"versions", *(field.name for field in attrs.fields(Provenance))}
+    config = {key: entry for key, entry in read_json(folder / CONFIG).items() if key not in told}
+    try:
+        with (folder / WEIGHTS).open("rb") as file:
+            return {**config, "weights": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise ArtefactError(
+            f"{str(folder / WEIGHTS)!r} cannot be read ({error.strerror}); save the value again."
+        ) from error
 
 
 def save(value: StitchedValue, folder: str | Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import attrs
 
-from .artefact import CONFIG
+from .artefact import CONFIG, saved_identity
 from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
 from .errors import ConfigError, StitchError
@@ -127,12 +127,12 @@ class _Job:
         return self.folder / "trainings" / f"{backbone}--{row.name}--{seed}-{cache_key(shared)[:8]}"
 
     def _value_facts(self, backbone: str) -> dict[str, Any]:
-        """What tells the value model of stopped rows from another: how it was or will be made."""
+        """What tells the value model of stopped rows from another: what is given, or how one will be made."""
         folders = self._given_folders(backbone)
         if not folders:
             made = ("scale", "recipe", "generation")
             return {name: attrs.asdict(getattr(self.stitcher, name)) for name in made}
-        facts = [dict(read_json(folder / CONFIG)) for folder in folders]
+        facts = [saved_identity(folder) for folder in folders]
         return facts[0] if len(facts) == 1 else {"together": facts}
 
     def _given_folders(self, backbone: str) -> list[Path]:
@@ -259,10 +259,11 @@ def _time_to_match(stopped: Mapping[str, Any], plain: Mapping[str, Any]) -> list
     name, found = plain["trained"], []
     plain_curves = dict(zip(plain["seeds"], plain["curves"], strict=True))
     for seed, ours in zip(stopped["seeds"], stopped["curves"], strict=True):
-        theirs = plain_curves.get(seed)
-        goal = theirs[name][-1] if theirs else math.inf
-        reached = [s for s, mean in zip(ours["seconds"], ours[name], strict=True) if mean >= goal]
-        found.append(reached[0] / theirs["seconds"][-1] if theirs and reached else None)
+        if (theirs := plain_curves.get(seed)) is None:
+            found.append(None)
+            continue
+        reached = [s for s, mean in zip(ours["seconds"], ours[name], strict=True) if mean >= theirs[name][-1]]
+        found.append(reached[0] / theirs["seconds"][-1] if reached else None)
     return found
 
 

@@ -8,7 +8,8 @@ import json
 import attrs
 import pytest
 
-from stitchvm.core import ConfigError
+from stitchvm.core import ArtefactError, ConfigError
+from stitchvm.core.files import read_tensors, write_tensors
 from stitchvm.core.finetune import FinetuneSettings
 from stitchvm.core.training_reproduction import _gain, _time_to_match, reproduce_training
 from stitchvm.core.training_tables import TRAINING_TABLES, TrainingScale
@@ -56,6 +57,24 @@ def test_value_models_of_each_reward_serve_a_training_for_all(world, tmp_path): 
     report = reproduce_training("table3", "toy", tmp_path / "out", **both)
     assert report["failed"] == {} and report["rows"][0]["cost"]["tail"] == 2 * report["rows"][0]["cost"]["head"]
     assert list(report["rows"][0]["after"]) == ["tiny-clip + tiny-aesthetic", "detector"]
+
+
+def test_a_training_by_a_given_value_is_known_by_its_weights_and_not_by_how_it_was_made(world, tmp_path):  # noqa: F811
+    settings = {"rows": ["draft-1-stopped"], "scale": attrs.evolve(TINY, seeds=(0,)), "progress": False}
+    reproduce_training("table3", "toy", tmp_path / "made", stitching=STITCHING, **settings)
+    (config,) = (tmp_path / "made/models").glob("**/config.json")
+    weights, trainings = config.parent / "model.safetensors", tmp_path / "out/trainings"
+    for change, expected in (
+        (lambda: None, 1),
+        (lambda: config.write_text(json.dumps({**json.loads(config.read_text()), "cost": {"seconds": 1.0}})), 1),
+        (lambda: write_tensors(weights, {n: t.clone() + 1 for n, t in read_tensors(weights).items()}), 2),
+    ):
+        change()
+        reproduce_training("table3", "toy", tmp_path / "out", value=config.parent, **settings)
+        assert len(list(trainings.glob("*/train.json"))) == expected
+    weights.unlink()
+    with pytest.raises(ArtefactError, match="model.safetensors' cannot be read .No such file"):
+        reproduce_training("table3", "toy", tmp_path / "out", value=config.parent, **settings)
 
 
 def test_samples_that_its_value_is_stitched_on_are_of_the_sampler_in_training(world, tmp_path):  # noqa: F811
