@@ -74,11 +74,13 @@ def _costs(axes: Axes, estimators: Mapping[str, Any]) -> None:
     """Milliseconds a latent on a logarithmic axis: full bars forward, pale ones with the gradient."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    least = math.inf
     for row, (name, colour, _) in enumerate(_styles(estimators)):
         cost = estimators[name]["cost"]
         for place, (kind, alpha) in enumerate((("forward", 1.0), ("gradient", 0.45))):
             if kind in cost:
                 time = max(1000 * cost[kind]["seconds"], 1e-3)
+                least = min(least, time)
                 axes.barh(row + 0.36 * place, time, height=0.34, color=colour, alpha=alpha)
                 axes.annotate(f" {time:.3g}", (time, row + 0.36 * place), va="center", fontsize=8)
     axes.set_xscale("log")
@@ -86,6 +88,8 @@ def _costs(axes: Axes, estimators: Mapping[str, Any]) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.25)
+    # a bar that began at the shortest one's own length would make a half look like nothing
+    axes.set_xlim(left=10 ** (math.ceil(math.log10(least)) - 1))
     axes.set_yticks([row + 0.18 for row in range(len(estimators))], list(estimators))
     axes.invert_yaxis()
     decorate(axes, "What one latent costs (pale: with its gradient)", "milliseconds")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from results import matrix_report, search_report, summary
 from stitchvm.core import ConfigError, OutputError, plots
+from stitchvm.core.diagnosis_plots import diagnosis_panels
 
 PICTURES = {
     "interface": lambda path: plots.interface_heatmap(search_report(), path),
@@ -150,6 +151,16 @@ def test_a_missing_detector_leaves_its_panel_out(tmp_path, figures):
     plots.steering_bars(table, tmp_path / "a.png")
     (axes,) = figures[0].axes
     assert [bar.get_width() for bar in axes.patches][-1] == -0.01
+
+
+def test_bars_of_costs_begin_a_decade_below_and_not_at_the_shortest(tmp_path, figures):
+    lines = {f"{name}{error}": [0.5] for name in ("rank", "within_slope") for error in ("", "_stderr")}
+    estimators = {name: {**lines, "cost": {"forward": {"seconds": s}}} for name, s in (("a", 0.019), ("b", 0.027))}
+    report = {"sigma": [0.5], "prompts": 2, "seeds": 2, "reference": None, "estimators": estimators}
+    diagnosis_panels(report, "ode", tmp_path / "a.png")
+    costs = figures[0].axes[-1]
+    assert costs.get_xlim()[0] == 10 and [bar.get_width() for bar in costs.patches] == [19, 27]
+    assert costs.get_xlim()[1] > 27
 
 
 def test_the_loss_curve_smooths_and_refuses_nothing(tmp_path, figures):
