@@ -256,7 +256,8 @@ def _entry(backbone: str, row: TrainingRow, runs: Sequence[Mapping[str, Any]]) -
 def _time_to_match(stopped: Mapping[str, Any], plain: Mapping[str, Any]) -> list[float | None]:
     """For every seed of the stopped trainings, the share of the plain one's time after which it had the plain one's
     final trained reward; None where it never had, or where there is no plain one of that seed."""
-    name, found = plain["trained"], []
+    name = plain["trained"]
+    found: list[float | None] = []
     plain_curves = dict(zip(plain["seeds"], plain["curves"], strict=True))
     for seed, ours in zip(stopped["seeds"], stopped["curves"], strict=True):
         if (theirs := plain_curves.get(seed)) is None:
