@@ -105,6 +105,7 @@ class _Job:
     given: str | Path | None
     stitcher: WorldStitcher
     _last: tuple[str, Backbone, StitchedValue | None] | None = None
+    _facts: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
     def attempt(self, backbone: str, row: TrainingRow, seed: int, failed: dict[str, str]) -> None:
         place = self.place(backbone, row, seed)
@@ -123,7 +124,9 @@ class _Job:
         for free in ("seeds", "updates", "batch", "windows"):
             shared.pop(free)
         if row.stop is not None:
-            shared["value"] = self._value_facts(backbone)
+            if backbone not in self._facts:  # reads the weights, and every report asks for every training's place
+                self._facts[backbone] = self._value_facts(backbone)
+            shared["value"] = self._facts[backbone]
         return self.folder / "trainings" / f"{backbone}--{row.name}--{seed}-{cache_key(shared)[:8]}"
 
     def _value_facts(self, backbone: str) -> dict[str, Any]:
