@@ -3,12 +3,16 @@ it can, preferences and ratings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
 from torch import Tensor
 
 from .errors import ConfigError
+
+Judge = Callable[[Tensor, list[str]], Any]
+"""``judge(images [P, 3, H, W] in [0, 1], prompts) -> [P]``: a detector, a metric; higher is better."""
 
 
 @attrs.frozen(eq=False)
@@ -86,6 +90,12 @@ class RatedDataset(Protocol):
     def rated(self, split: str, count: int, seed: int = 0) -> Rated:
         """``count`` rated images."""
         ...
+
+
+def judges_of(dataset: Any) -> dict[str, Judge]:
+    """What judges pictures of ``dataset``'s own prompts and no reward does: its ``detector``, where it has one."""
+    fulfilled = getattr(dataset, "fulfilled", None)
+    return {} if fulfilled is None else {"detector": fulfilled}
 
 
 def offering(dataset: Any, method: str, needed: str) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .alignment import default_guidance, estimator_identity
 from .backbone import Backbone
 from .comparison import mean_stderr
+from .datasets import Judge
 from .errors import ConfigError, NonFiniteError
 from .estimators import Estimator
 from .gradients import Gradients, compare_gradients, per_latent
@@ -28,7 +29,7 @@ from .joint import AnyReward, load_judge
 from .kernels import Ancestral, Kernel, Ode
 from .loading import load_backbone
 from .provenance import network_identity, versions
-from .ranking import SIGMAS, Ranking, Trajectories
+from .ranking import SIGMAS, Ranking, Trajectories, differing
 
 Figure = tuple[float | None, float | None]
 """A figure and its standard error; None where there is none (a slope on constant values, an error from one prompt)."""
@@ -86,9 +87,24 @@ class Diagnosis:
             found["cosine"] = [(level.mean, level.stderr) for level in cosines]
         return found
 
+    def judgement(self, judge: str) -> dict[str, Any]:
+        """How well values foresee what ``judge`` will say, JSON-able: ``mean`` of what it says, ``rank`` of the final
+        reward, ``ranks`` of every estimator by level (each ``mean`` and ``stderr`` over prompts), and the
+        ``constant_prompts`` that no rank is of, as it says the same of all their seeds; ranks are None if all are.
+        """
+        said = self.ranking.judged[judge]
+        kept = differing(said)
+        found = {"mean": mean_stderr(said.mean(1)).report(), "constant_prompts": int((~kept).sum())}
+        if not bool(kept.any()):
+            return {**found, "rank": None, "ranks": None}
+        ranks = {name: [mean_stderr(level).report() for level in self.ranking.judged_correlations(name, judge)]
+                 for name in self.ranking.values}  # fmt: skip
+        return {**found, "rank": mean_stderr(self.ranking.reward_correlations(judge)).report(), "ranks": ranks}
+
     def report(self) -> dict[str, Any]:
         """JSON-able: ``sigma[]`` and, for every estimator, its figures and ``NAME_stderr``, a list by level each, and
-        its ``cost`` of one latent; ``reference`` is what gradients are compared with."""
+        its ``cost`` of one latent; ``judges``: each one's :meth:`judgement`; ``reference`` is what gradients are
+        compared with."""
         ranking, gradients = self.ranking, self.gradients
         each = ranking.rewards.numel() * len(set(ranking.sigmas))
         table: dict[str, Any] = {}
@@ -103,6 +119,7 @@ class Diagnosis:
             "sigma": list(ranking.sigmas), "requested": list(ranking.requested), "prompts": len(ranking.rewards),
             "seeds": ranking.rewards.shape[1], "constant_prompts": int((~ranking.ranked).sum()),
             "reward": mean_stderr(ranking.rewards.mean(1)).report(), "estimators": table,
+            "judges": {name: self.judgement(name) for name in ranking.judged},
             "reference": None if gradients is None else gradients.reference(), "generation": ranking.generation,
             "settings": self.settings, "seed": self.settings["seed"], "versions": self.versions,
         }  # fmt: skip
@@ -128,6 +145,7 @@ def diagnose(
     resolution: int | None = None,
     seed: int = 0,
     batch: int = 64,
+    judges: Mapping[str, Judge] | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Follow ``seeds`` samples of every prompt under ``kernel`` (default: ``Ode()``) and measure each estimator at the
@@ -140,7 +158,8 @@ def diagnose(
     ``kernel``: by default ``Ancestral()``, which samples ``p(z0 | z_t)`` and has its mean right at any number of steps
     where the denoiser is linear; under the ODE all rollouts from one ``z_t`` are the same. ``guidance_scale`` of
     classifier-free guidance: 3, or 1 for a distilled backbone. ``batch`` bounds the samples of one network pass and
-    changes nothing else; a gradient through a rollout keeps the graphs of all its steps.
+    changes nothing else; a gradient through a rollout keeps the graphs of all its steps. ``judges`` of the finished
+    pictures, such as a detector, are measured beside: a value may foresee the reward and not what it stands for.
 
     Raises :class:`ConfigError` for no prompt or estimator, a setting out of its range, rewards that are all the same
     within each prompt or an estimator without a gradient, and :class:`NonFiniteError` for a value, reward or gradient
@@ -152,13 +171,13 @@ def diagnose(
         gradient_rollouts=gradient_rollouts, gradient_prompts=gradient_prompts, gradient_seeds=gradient_seeds,
         rollout_steps=rollout_steps, resolution=resolution, seed=seed,
     )  # fmt: skip
-    kernel, rollout_kernel = kernel or Ode(), rollout_kernel or Ancestral()
-    known = diagnosis_settings(network, estimators, judge, prompts, settings, kernel, rollout_kernel)
+    kernel, rollout_kernel, judges = kernel or Ode(), rollout_kernel or Ancestral(), judges or {}
+    known = diagnosis_settings(network, estimators, judge, prompts, settings, kernel, rollout_kernel, tuple(judges))
     trajectories = Trajectories(
         backbone=network, reward=judge, prompts=tuple(prompts), seeds=seeds, steps=steps, sigmas=settings.sigmas,
         guidance_scale=known["guidance_scale"], resolution=resolution, seed=seed, batch=batch, kernel=kernel,
     )  # fmt: skip
-    ranking = trajectories.follow(estimators, f"trajectories, {known['kernel']}", progress)
+    ranking = trajectories.follow(estimators, f"trajectories, {known['kernel']}", progress, judges)
     _check_finite(ranking)
     compared = None
     if gradients:
@@ -177,6 +196,7 @@ def diagnosis_settings(
     settings: DiagnosisSettings,
     kernel: Kernel,
     rollout_kernel: Kernel,
+    judges: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All that decides a diagnosis, JSON-able: what a result to be kept must share.
 
@@ -196,7 +216,7 @@ def diagnosis_settings(
     named = {name: [estimator_identity(each), repr(getattr(each, "kernel", None))] for name, each in estimators.items()}
     found = {
         **attrs.asdict(settings), **models, "guidance_scale": float(scale), "estimators": named,
-        "kernel": repr(kernel), "rollout_kernel": repr(rollout_kernel),
+        "kernel": repr(kernel), "rollout_kernel": repr(rollout_kernel), "judges": list(judges),
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
     }  # fmt: skip
     return dict(json.loads(json.dumps(found, default=repr)))

@@ -15,19 +15,25 @@ if TYPE_CHECKING:
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#D55E00", BLACK)
 _MARKERS = "os^Dv<>P"
+_BARS: dict[str, Any] = {"capsize": 3, "markersize": 4}
 _SLOPES = (-1.0, 3.0)
 """What the slope's panel shows at most: where a value hardly varies, slope and error have no bound."""
 
 
 def diagnosis_panels(report: Mapping[str, Any], kernel: str, path: Path) -> None:
-    """Rank correlation, calibration slope and gradient cosine against the noise level, and seconds a latent.
+    """Rank correlation, calibration slope and gradient cosine against the noise level, what judges will say, and
+    seconds a latent.
 
     ``report`` is ``Diagnosis.report()`` and ``kernel`` what its trajectories are called. A diagnosis without gradients
-    has no panel of them.
+    has no panel of them, one without judges none of those.
     """
-    reference = report["reference"]
-    with open_figure(path, 11, 8) as figure:
-        ranks, slopes, costs = (figure.add_subplot(2, 2, place) for place in (1, 2, 4 if reference else 3))
+    judges = [name for name, found in report["judges"].items() if found["ranks"] is not None]
+    panels = 3 + bool(report["reference"]) + len(judges)
+    columns = 2 if panels <= 4 else 3
+    lines = math.ceil(panels / columns)
+    with open_figure(path, 5.5 * columns, 4 * lines) as figure:
+        places = iter(range(1, panels + 1))
+        ranks, slopes = (figure.add_subplot(lines, columns, next(places)) for _ in range(2))
         _lines(ranks, report, "rank")
         ranks.axhline(0, color=GREY, linewidth=0.8)
         ranks.set_ylim(min(-0.1, ranks.get_ylim()[0]), 1.05)
@@ -37,9 +43,11 @@ def diagnosis_panels(report: Mapping[str, Any], kernel: str, path: Path) -> None
         low, high = slopes.get_ylim()
         slopes.set_ylim(max(_SLOPES[0], min(low, 0.0)), min(_SLOPES[1], max(high, 1.5)))
         decorate(slopes, "Reward gained per unit of value (1: calibrated)", "noise level sigma", "slope in a prompt")
-        if reference is not None:
-            _gradients(figure.add_subplot(2, 2, 3), report)
-        _costs(costs, report["estimators"])
+        if report["reference"] is not None:
+            _gradients(figure.add_subplot(lines, columns, next(places)), report)
+        for name in judges:
+            _judgement(figure.add_subplot(lines, columns, next(places)), report, name)
+        _costs(figure.add_subplot(lines, columns, next(places)), report["estimators"])
         handles, labels = ranks.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
         counts = f"{report['prompts']} prompts with {report['seeds']} seeds"
@@ -56,7 +64,7 @@ def _lines(axes: Axes, report: Mapping[str, Any], figure: str) -> None:
         found = report["estimators"][name]
         levels = [math.nan if level is None else level for level in found[figure]]
         errors = [error or 0.0 for error in found[f"{figure}_stderr"]]
-        axes.errorbar(report["sigma"], levels, errors, color=colour, marker=marker, capsize=3, markersize=4, label=name)
+        axes.errorbar(report["sigma"], levels, errors, color=colour, marker=marker, label=name, **_BARS)
 
 
 def _gradients(axes: Axes, report: Mapping[str, Any]) -> None:
@@ -68,6 +76,19 @@ def _gradients(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.legend(handles=line, frameon=False, fontsize=8)
     decorate(axes, "Gradient beside that of many rollouts", "noise level sigma", "mean cosine")
+
+
+def _judgement(axes: Axes, report: Mapping[str, Any], judge: str) -> None:
+    """How every estimator ranks a prompt's seeds as the judge will, below how their final rewards do."""
+    found = report["judges"][judge]
+    for name, colour, marker in _styles(report["estimators"]):
+        levels = found["ranks"][name]
+        means, errors = [level["mean"] for level in levels], [level["stderr"] or 0.0 for level in levels]
+        axes.errorbar(report["sigma"], means, errors, color=colour, marker=marker, **_BARS)
+    line = axes.axhline(found["rank"]["mean"], color=BLACK, linestyle="--", label="the final reward itself")
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.legend(handles=[line], frameon=False, fontsize=8)
+    decorate(axes, f"Which seed the {judge} will like best", "noise level sigma", "rank correlation in a prompt")
 
 
 def _costs(axes: Axes, estimators: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .backbone import Backbone
+from .datasets import Judge
 from .diagnosis import DiagnosisSettings, diagnose, diagnosis_settings
 from .diagnosis_plots import diagnosis_panels
 from .errors import ArtefactError, ConfigError
@@ -30,6 +31,7 @@ def run_diagnosis(
     kernels: Mapping[str, Kernel],
     rollout_kernel: Kernel | None = None,
     batch: int = 64,
+    judges: Mapping[str, Judge] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -49,12 +51,14 @@ def run_diagnosis(
     found: dict[str, Any] = {}
     for name, kernel in kernels.items():
         path, picture = parts / f"{name}.json", folder / f"diagnosis-{name}.png"
-        known = diagnosis_settings(network, estimators, judge, prompts, checked, kernel, rollout_kernel)
+        known = diagnosis_settings(
+            network, estimators, judge, prompts, checked, kernel, rollout_kernel, tuple(judges or {})
+        )
         part = _kept(path, known)
         if part is None:
             diagnosis = diagnose(
                 network, estimators, judge, prompts, kernel=kernel, rollout_kernel=rollout_kernel, batch=batch,
-                progress=progress, **settings,
+                judges=judges, progress=progress, **settings,
             )  # fmt: skip
             part = diagnosis.report()
             write_json(path, part)

@@ -14,6 +14,7 @@ from .alignment import reward_condition
 from .backbone import Backbone
 from .comparison import mean_stderr
 from .costs import CostMeter
+from .datasets import Judge
 from .errors import ConfigError
 from .estimators import Estimator, Prompted, clean_reward
 from .joint import AnyReward, load_judge
@@ -34,7 +35,7 @@ class Ranking:
 
     ``requested`` noise levels and the ``sigmas`` of the steps closest to them; ``rewards [P, S]``; ``values[name] [L,
     P, S]``; ``costs[name]`` of the estimator alone, the trajectory's own prediction being free; ``generation`` of the
-    trajectories.
+    trajectories; ``judged[name] [P, S]``, what others say of the finished pictures.
     """
 
     requested: tuple[float, ...]
@@ -43,16 +44,24 @@ class Ranking:
     values: dict[str, Tensor]
     costs: dict[str, dict[str, float]]
     generation: dict[str, float]
+    judged: dict[str, Tensor] = attrs.field(factory=dict)
 
     @property
     def ranked(self) -> Tensor:
         """``[P]`` bool: prompts whose seeds have different rewards; the others are left out of every mean."""
-        return self.rewards.amax(1) > self.rewards.amin(1)
+        return differing(self.rewards)
 
     def correlations(self, name: str) -> Tensor:
         """``[L, prompts]``: one coefficient a level and a ranked prompt."""
-        rewards = self.rewards[self.ranked]
-        return torch.stack([spearman(values[self.ranked], rewards) for values in self.values[name]])
+        return _ranks(self.values[name], self.rewards)
+
+    def judged_correlations(self, name: str, judge: str) -> Tensor:
+        """``[L, prompts]``: of an estimator with what ``judge`` says, prompts it says the same of all of left out."""
+        return _ranks(self.values[name], self.judged[judge])
+
+    def reward_correlations(self, judge: str) -> Tensor:
+        """``[prompts]``: of the final rewards themselves, which is what an exact value could have at the end."""
+        return _ranks(self.rewards[None], self.judged[judge])[0]
 
     def report(self) -> dict[str, Any]:
         """JSON-able: ``sigma[]``, each estimator's means over prompts, their standard errors, costs and counts."""
@@ -64,6 +73,17 @@ class Ranking:
             "prompts": int(self.ranked.sum()), "constant_prompts": int((~self.ranked).sum()),
             "seeds": self.rewards.shape[1], "cost": self.costs, "generation": self.generation,
         }  # fmt: skip
+
+
+def differing(outcomes: Tensor) -> Tensor:
+    """``[P]`` bool: the rows of ``[P, S]`` that are not the same number all along."""
+    return outcomes.amax(1) > outcomes.amin(1)
+
+
+def _ranks(values: Tensor, outcomes: Tensor) -> Tensor:
+    """``[L, prompts]`` of ``values [L, P, S]`` and ``outcomes [P, S]``, of the prompts whose outcomes differ."""
+    kept = differing(outcomes)
+    return torch.stack([spearman(level[kept], outcomes[kept]) for level in values])
 
 
 def closest_steps(sigmas: Tensor, requested: Sequence[float]) -> list[int]:
@@ -184,12 +204,17 @@ class Trajectories:
         return OwnNoise(self.kernel, generators)
 
     @torch.no_grad()
-    def follow(self, estimators: Mapping[str, Estimator], label: str, progress: bool = True) -> Ranking:
-        """Read each estimator along every sample; raises :class:`ConfigError` when no prompt's rewards differ."""
-        reader = _Reader(dict(estimators), self.reward, self.grid, self.levels)
+    def follow(
+        self, estimators: Mapping[str, Estimator], label: str, progress: bool = True,
+        judges: Mapping[str, Judge] | None = None,
+    ) -> Ranking:  # fmt: skip
+        """Read each estimator along every sample, and have ``judges`` judge the pictures beside the reward; raises
+        :class:`ConfigError` when no prompt's rewards differ."""
+        reader = _Reader(dict(estimators), self.reward, self.grid, self.levels, dict(judges or {}))
         rows = torch.arange(len(self.prompts) * self.seeds)
         for part in track(rows.split(self.batch), label, -(-len(rows) // self.batch), progress):
-            reader.read(self.noise(part), self.context(part), self.own_kernel(part))
+            texts = [self.prompts[row // self.seeds] for row in part.tolist()]
+            reader.read(self.noise(part), self.context(part), self.own_kernel(part), texts)
         result = reader.result(self.sigmas, self.seeds)
         if not bool(result.ranked.any()):
             raise ConfigError("no prompt's seeds differ in their reward, so there is nothing to rank.")
@@ -220,12 +245,14 @@ class _Reader:
     reward: AnyReward
     grid: Tensor
     levels: list[int]
+    judges: dict[str, Judge] = attrs.field(factory=dict)
     rewards: list[Tensor] = attrs.field(factory=list)
+    judged: list[dict[str, Tensor]] = attrs.field(factory=list)
     values: list[dict[tuple[str, int], Tensor]] = attrs.field(factory=list)
     costs: dict[str, CostMeter] = attrs.field(factory=dict)
     generation: CostMeter = attrs.field(factory=CostMeter)
 
-    def read(self, noise: Tensor, context: Prompted, kernel: Kernel) -> None:
+    def read(self, noise: Tensor, context: Prompted, kernel: Kernel, prompts: list[str]) -> None:
         """One batch of trajectories from ``noise [B, C, h, w]``."""
         read: dict[tuple[str, int], Tensor] = {}
 
@@ -237,8 +264,11 @@ class _Reader:
 
         with self.generation:
             clean = sample(context.denoiser, noise, self.grid.to(noise.device), kernel=kernel, callback=look)
-            rewards, _ = clean_reward(clean, context, self.reward)
+            rewards, images = clean_reward(clean, context, self.reward)
         self.rewards.append(rewards.float().cpu())
+        # on the CPU, as where trainings are judged
+        found = {name: judge(images.cpu(), prompts) for name, judge in self.judges.items()}
+        self.judged.append({name: torch.as_tensor(says).float().cpu() for name, says in found.items()})
         self.values.append(read)
 
     def result(self, requested: tuple[float, ...], seeds: int) -> Ranking:
@@ -255,4 +285,5 @@ class _Reader:
             torch.cat(self.rewards).unflatten(0, (-1, seeds)),
             {name: table.unflatten(1, (-1, seeds)) for name, table in values.items()},
             {name: meter.report() for name, meter in self.costs.items()}, self.generation.report(),
+            {name: torch.cat([said[name] for said in self.judged]).unflatten(0, (-1, seeds)) for name in self.judges},
         )  # fmt: skip

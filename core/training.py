@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .alignment import Value, checked_prompts, resolve_method, resolve_value, reward_condition
 from .backbone import Backbone
 from .costs import KINDS, CostMeter, differentiating
+from .datasets import Judge
 from .errors import ConfigError, NonFiniteError
 from .estimators import Tweedie
 from .files import make_folder
@@ -32,7 +33,7 @@ from .processes import join_group
 from .progress import track
 from .seeds import stream_seed
 from .sharding import is_shared, own_share, process_mesh, whole
-from .training_evaluation import Evaluation, Gallery, Judge
+from .training_evaluation import Evaluation, Gallery
 from .training_problem import Experience, Rows, TrainingMethod, TrainProblem, Update
 from .training_state import TrainingRecord, TrainingState
 

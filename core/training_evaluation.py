@@ -7,7 +7,7 @@ trained one rises, theirs fall.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from .alignment_result import GRID_IMAGES, sheet, write_png
 from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
 from .conditions import Condition
+from .datasets import Judge
 from .files import make_folder
 from .joint import AnyReward
 from .loading import name_of
@@ -28,9 +29,6 @@ from .provenance import network_identity
 from .sampling import Denoiser
 from .sampling import sample as run_sampler
 from .training_problem import TrainProblem
-
-Judge = Callable[[Tensor, list[str]], Any]
-"""``judge(images [P, 3, H, W] in [0, 1], prompts) -> [P]``: a detector, a metric; higher is better."""
 
 
 @attrs.frozen(eq=False)

@@ -20,6 +20,7 @@ import attrs
 from .artefact import CONFIG, saved_identity
 from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
+from .datasets import judges_of
 from .errors import ConfigError, StitchError
 from .examples import GenerationSettings, cache_key
 from .files import make_folder, read_json, write_json, write_text
@@ -162,11 +163,10 @@ class _Job:
             updates=scale.updates, prompts_per_update=scale.prompts, evaluate_every=scale.evaluate_every,
             checkpoint_every=scale.evaluate_every, batch=scale.batch, lora=LoraSettings(), tracker=None, **row.training,
         )  # fmt: skip
-        fulfilled = getattr(dataset, "fulfilled", None)
         train(
             row.method, network, value, dataset.prompts("train", PROMPTS, 0), out=place, training=plan,
             seed=seed, steps=scale.steps, reward=trained, held_out_rewards=held_out,
-            judges={} if fulfilled is None else {"detector": fulfilled},
+            judges=judges_of(dataset),
             evaluation_prompts=dataset.prompts("test", scale.evaluation_prompts, 0), progress=self.stitcher.progress,
             **row.method_settings(scale.steps),
         )  # fmt: skip

@@ -7,10 +7,11 @@ from collections import Counter
 
 from PIL import Image
 
-from analytic import GaussianBackbone, QuadraticReward
+from analytic import GaussianBackbone, LinearReward, QuadraticReward
 from families import write_clip
 from pipelines import write_pipeline
 from stitchvm.core import CostMeter, MonteCarlo, Ode, Sde, Tweedie, diagnosis_report, registry
+from toy_world import DATASET
 
 QUIET = {"guidance_scale": 1.0, "progress": False}
 
@@ -44,6 +45,28 @@ def test_a_folder_holds_each_kernel_and_none_is_repeated(tmp_path, monkeypatch):
     for changed in ({"seed": 1}, {"kernels": {"sde": Sde(scale=1.0)}}):
         assert run(**{"kernels": {"sde": Sde()}, **changed})[1]["denoiser"] == spent["denoiser"]
     assert drawn == ["sde", "ode", "ode", "sde", "sde"]
+
+
+def test_what_judges_say_is_told_beside_and_makes_a_kept_kernel_another(tmp_path):
+    backbone, reward = GaussianBackbone(), LinearReward()
+    judges = {"bright": lambda images, prompts: images.mean((1, 2, 3)),
+              "silent": lambda images, prompts: [0] * len(images)}  # fmt: skip
+
+    def run(judges):
+        return diagnosis_report.run_diagnosis(
+            backbone, {"tweedie": Tweedie(reward)}, reward, ["0", "1"], tmp_path, kernels={"ode": Ode()}, seeds=5,
+            steps=4, sigmas=(0.75, 0.5), gradients=False, judges=judges, **QUIET,
+        )["kernels"]["ode"]  # fmt: skip
+
+    assert run(None)["judges"] == {}
+    found = run(judges)["judges"]
+    assert found["silent"] == {"mean": {"mean": 0, "stderr": 0}, "constant_prompts": 2, "rank": None, "ranks": None}
+    bright = found["bright"]
+    assert bright["constant_prompts"] == 0 and bright["rank"]["mean"] < 1, "the reward weighs channels, it does not"
+    # under the ODE a linear reward's order is settled at every latent: Tweedie's estimate ranks as the reward will
+    assert bright["ranks"] == {"tweedie": [bright["rank"]] * 2}
+    with Image.open(tmp_path / "diagnosis-ode.png") as picture:
+        assert picture.width > picture.height > 700, "two rows: the judge has a panel of its own"
 
 
 NAMES = """
@@ -89,6 +112,21 @@ def test_the_command_measures_values_beside_the_others(run, tmp_path):
     assert code == 0, err
     for words in ("sde samples of 2 prompts", "rank in a prompt", "gradient cosine", "milliseconds", "diagnosis.json"):
         assert words in out
+
+
+def test_the_detector_of_a_dataset_is_foreseen_too(run, install, tmp_path):
+    write_pipeline(tmp_path / "pipeline")
+    write_clip(tmp_path / "clip")
+    (tmp_path / "names.toml").write_text(NAMES + '[datasets.toy]\nload = "toy_data:Toy"\n')
+    registry().add(tmp_path / "names.toml")
+    install("toy-data", {"toy_data": DATASET})
+    code, out, err = run("diagnose", "tiny-sd3", "--reward", "tiny-clip", "--prompts", "toy", "--count", 3,
+                         "--seeds", 4, "--steps", 2, "--sigmas", "0.9", "--estimators", "tweedie", "--kernel", "ode",
+                         "--no-gradients", "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["kernels"]["ode"]["judges"]["detector"]
+    assert 0 < found["mean"]["mean"] < 1 and found["constant_prompts"] < 3
+    assert "rank in a prompt, of the detector" in out and "Of the final reward itself" in out
 
 
 def test_the_command_says_what_is_wrong(run, tmp_path):

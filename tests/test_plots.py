@@ -156,7 +156,7 @@ def test_a_missing_detector_leaves_its_panel_out(tmp_path, figures):
 def test_bars_of_costs_begin_a_decade_below_and_not_at_the_shortest(tmp_path, figures):
     lines = {f"{name}{error}": [0.5] for name in ("rank", "within_slope") for error in ("", "_stderr")}
     estimators = {name: {**lines, "cost": {"forward": {"seconds": s}}} for name, s in (("a", 0.019), ("b", 0.027))}
-    report = {"sigma": [0.5], "prompts": 2, "seeds": 2, "reference": None, "estimators": estimators}
+    report = {"sigma": [0.5], "prompts": 2, "seeds": 2, "reference": None, "estimators": estimators, "judges": {}}
     diagnosis_panels(report, "ode", tmp_path / "a.png")
     costs = figures[0].axes[-1]
     assert costs.get_xlim()[0] == 10 and [bar.get_width() for bar in costs.patches] == [19, 27]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from analytic import ExactValue, GaussianBackbone, LinearReward, MomentReward, QuadraticReward, exact_stitched
-from stitchvm.core import ConfigError, Stitched, Tweedie, rank_seeds
+from analytic import CONTRAST, ExactValue, GaussianBackbone, LinearReward, MomentReward, QuadraticReward, exact_stitched
+from stitchvm.core import ConfigError, CostMeter, Stitched, Tweedie, rank_seeds
 from stitchvm.core.metrics import spearman
-from stitchvm.core.ranking import closest_steps
+from stitchvm.core.ranking import Trajectories, closest_steps
 
 QUIET = {"guidance_scale": 1.0, "progress": False}
 
@@ -122,6 +122,34 @@ def test_the_report_is_json_with_a_mean_and_an_error_for_every_level():
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert len(report["sigma"]) == len(report["tweedie"]) == len(report["stderr"]["tweedie"]) == 5
     assert max(abs(a - b) for a, b in zip(report["sigma"], report["requested"], strict=True)) <= 1 / 28
+
+
+def test_judges_see_the_pictures_that_the_rewards_are_of_each_beside_its_prompt():
+    """A judge of what the reward is made of is foreseen by whoever foresees the reward, its opposite the other way."""
+    backbone, reward = GaussianBackbone(), MomentReward([1.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+    asked, middle = [], 0.5 + (0.3 + 1) / CONTRAST  # of the latents' mean and the prompt's shift
+
+    def bright(images, prompts):
+        asked.extend(prompts)
+        return images[:, 0].mean((1, 2))
+
+    judges = {"bright": bright, "dark": lambda images, prompts: -images[:, 0].mean((1, 2)),
+              "second": lambda images, prompts: [prompt == "1" and bool(image[0].mean() > middle)
+                                                 for image, prompt in zip(images, prompts, strict=True)]}  # fmt: skip
+    prompts = ("0", "1", "-3")
+    trajectories = Trajectories(backbone=backbone, reward=reward, prompts=prompts, seeds=6, steps=4,
+                                guidance_scale=1.0, sigmas=(0.75, 0.25), batch=4)  # fmt: skip
+    with CostMeter() as cost:
+        ranking = trajectories.follow({"exact": ExactValue(backbone, reward)}, "x", progress=False, judges=judges)
+    assert cost.passes["decoder"] == cost.passes["reward"] == 18, "pictures are decoded once for all"
+    assert asked == [prompt for prompt in prompts for _ in range(6)]
+    one = torch.ones(3, dtype=torch.float64)
+    assert torch.allclose(ranking.judged_correlations("exact", "bright"), one.expand(2, 3))
+    assert torch.allclose(ranking.reward_correlations("bright"), one)
+    assert torch.allclose(ranking.judged_correlations("exact", "dark"), -one.expand(2, 3))
+    said = ranking.judged["second"]
+    assert said.shape == (3, 6) and not said[[0, 2]].any() and 0 < int(said[1].sum()) < 6
+    assert ranking.judged_correlations("exact", "second").shape == (2, 1), "one prompt's seeds differ"
 
 
 def test_one_seed_cannot_be_ranked():

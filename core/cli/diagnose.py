@@ -58,12 +58,15 @@ def command(
 ) -> None:
     """Measure value estimators along the backbone's own samples: ranking, calibration, gradient, cost by noise level.
 
-    A kernel that is done is not repeated with the same settings.
+    Prompts of a dataset with a detector: also how well each estimator foresees what it will say. A kernel that is done
+    is not repeated with the same settings.
     """
+    from ..datasets import judges_of
     from ..diagnosis_report import run_diagnosis
     from ..kernels import KERNELS
-    from ..loading import load_backbone
+    from ..loading import load_backbone, load_dataset_plugin
     from ..prompts import open_prompts
+    from ..registries import registry
 
     if kernel != "both" and kernel not in KERNELS:
         raise ConfigError(f"--kernel is {kernel!r}; choose one of both, {', '.join(KERNELS)}.")
@@ -74,9 +77,11 @@ def command(
     network = load_backbone(backbone)
     models = _values(value or [], network)
     judge = _judge(reward, models)
+    judges = judges_of(load_dataset_plugin(prompts)()) if prompts in registry().datasets else {}
     report = run_diagnosis(
         network, _estimators(wanted, models, judge, rollout_steps, drawn), judge,
-        open_prompts(prompts, count, split="test"), out, rollout_kernel=drawn, batch=batch, seeds=seeds, steps=steps,
+        open_prompts(prompts, count, split="test"), out, rollout_kernel=drawn, batch=batch, judges=judges, seeds=seeds,
+        steps=steps,
         kernels={name: KERNELS[name]() for name in (BOTH if kernel == "both" else (kernel,))},
         guidance_scale=guidance_scale, sigmas=levels(sigmas, "--sigmas"), gradients=gradients,
         gradient_rollouts=gradient_rollouts, gradient_prompts=gradient_prompts, gradient_seeds=gradient_seeds,
@@ -172,12 +177,25 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
             if rows:
                 print_table((label, *columns), rows)
                 typer.echo()
+        for judge, found in part["judges"].items():
+            _print_judgement(judge, found, columns)
         rows = [(name, *_times(found["cost"])) for name, found in part["estimators"].items()]
         print_table(("milliseconds a latent", "value", "gradient"), rows)
         typer.echo()
     typer.echo(
         f"Written to {out}: diagnosis.json" + "".join(f", diagnosis-{kernel}.png" for kernel in report["kernels"])
     )
+
+
+def _print_judgement(judge: str, found: Mapping[str, Any], columns: Sequence[str]) -> None:
+    if found["ranks"] is None:
+        typer.echo(f"The {judge} says the same of all seeds of every prompt.\n")
+        return
+    rows = [
+        (name, *(_shown(level["mean"], level["stderr"]) for level in levels)) for name, levels in found["ranks"].items()
+    ]
+    print_table((f"rank in a prompt, of the {judge}", *columns), rows)
+    typer.echo(f"Of the final reward itself: {_shown(found['rank']['mean'], found['rank']['stderr'])}\n")
 
 
 def _shown(number: float | None, error: float | None) -> str:

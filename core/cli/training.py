@@ -24,6 +24,7 @@ def train_and_print(
     """Train on a dataset's training prompts, or on those of a file, and say what became of the rewards."""
     from accelerate import PartialState
 
+    from ..datasets import judges_of
     from ..loading import load_dataset_plugin
     from ..prompts import open_prompts
     from ..registries import registry
@@ -34,8 +35,7 @@ def train_and_print(
     watched, judges = None, {}
     if source in registry().datasets:
         watched = open_prompts(source, EVALUATED, split="test")
-        fulfilled = getattr(load_dataset_plugin(source)(), "fulfilled", None)
-        judges = {} if fulfilled is None else {"detector": fulfilled}
+        judges = judges_of(load_dataset_plugin(source)())
     plan = structure(TrainSettings, key_values(training, "--train", "updates=200"), "settings of the training")
     record = train(
         method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched, judges=judges, **settings
