@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,12 +9,13 @@ import attrs
 import pytest
 import torch
 
+import killing
 from analytic import GaussianBackbone, LinearReward, MomentReward, QuadraticReward
 from families import clip
 from stitchvm import core
 from stitchvm.core.batches import GROUP, Batches, draw_sigma, join_sources
 from stitchvm.core.examples import CleanBatch, Examples, GenerationSettings, build_examples, from_images, from_samples
-from stitchvm.core.files import read_tensors
+from stitchvm.core.files import read_tensors, write_tensors
 from stitchvm.core.finetune import FinetuneSettings, finetune
 from stitchvm.core.images import open_images
 from stitchvm.core.objectives import distillation_loss, predicted_score
@@ -274,48 +271,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     assert not (tmp_path / "other" / "state.safetensors").exists()
 
 
-STEPS = 40
-SCRIPT = f"""
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from analytic import LinearReward
-from test_finetune import Examples, examples, finetune, untrained, FinetuneSettings
-from stitchvm.core.files import write_tensors
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-reward = LinearReward()
-data = examples(folder / "cache", reward, 300)
-read = Examples.read
-Examples.read = lambda self, rows: (time.sleep(0.02), read(self, rows))[1]
-value = untrained(reward)
-recipe = FinetuneSettings(steps={STEPS}, batch_size=16, learning_rate=1e-3, warmup_steps=5, checkpoint_every=3)
-finetune(value, data, recipe, checkpoint=folder / "run", progress=False)
-write_tensors(folder / "final.safetensors", value.branches.state_dict())
-"""
+def to_be_killed(folder: Path) -> None:
+    reward, read = LinearReward(), Examples.read
+    data = examples(folder / "cache", reward, 300)
+    Examples.read = lambda self, rows: (time.sleep(0.02), read(self, rows))[1]  # type: ignore[method-assign]
+    value = untrained(reward)
+    recipe = FinetuneSettings(steps=40, batch_size=16, learning_rate=1e-3, warmup_steps=5, checkpoint_every=3)
+    finetune(value, data, recipe, checkpoint=folder / "run", progress=False)
+    write_tensors(folder / "final.safetensors", value.branches.state_dict())
 
 
 def test_killed_at_five_random_moments_and_resumed_ends_in_the_same_weights(tmp_path: Path) -> None:
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        folder.mkdir(exist_ok=True)
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)])
-
-    whole = start(tmp_path / "whole")
-    killed, chance, progress_at_kill = tmp_path / "killed", random.Random(3), []
-    for _ in range(5):
-        run, state = start(killed), killed / "run" / "state.safetensors"
-        seen = state.stat().st_mtime_ns if state.exists() else 0
-        while run.poll() is None and (not state.exists() or state.stat().st_mtime_ns == seen):
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.08))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        progress_at_kill.append(run.returncode)
-    assert progress_at_kill == [-signal.SIGKILL] * 5
-    assert not (killed / "final.safetensors").exists()
-    assert start(killed).wait() == 0 and whole.wait() == 0
-    expected, found = (read_tensors(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
+    folders = killing.whole_and_killed(
+        "test_finetune", "to_be_killed", tmp_path, state="run/state.safetensors", final="final.safetensors", within=0.08
+    )
+    expected, found = (read_tensors(folder / "final.safetensors") for folder in folders)
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
 
 

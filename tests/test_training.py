@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 import families
+import killing
 from stitchvm import core
 from stitchvm.core import LoraSettings, Prediction, Prompted, TrainSettings
 from stitchvm.core.files import read_tensors
@@ -117,49 +116,18 @@ def test_a_run_goes_on_with_more_updates_and_refuses_other_settings(tmp_path):
         run(Draft(backward_steps=2), tmp_path / "whole")
 
 
-ZYGOTE = """
-import os, signal, sys, time, random
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import test_training as tests
-
-name, folder, kills = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-
-def child():
-    pid = os.fork()
-    if pid == 0:
-        tests.run(tests.METHODS[name], folder, updates=8)
-        os._exit(0)
-    return pid
-
-state, chance = folder / "state.safetensors", random.Random(name)
-for _ in range(kills):
-    seen = state.stat().st_mtime_ns if state.exists() else 0
-    pid = child()
-    while not state.exists() or state.stat().st_mtime_ns == seen:
-        time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.2))
-    os.kill(pid, signal.SIGKILL)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    assert not (folder / "pytorch_lora_weights.safetensors").exists()
-assert os.waitpid(child(), 0)[1] == 0
-"""
-
-
-def start(name: str, folder: Path, kills: int) -> subprocess.Popen[bytes]:
-    """A process that forks trainings, killing so many: what it imports is imported once."""
-    return subprocess.Popen([sys.executable, "-c", ZYGOTE, str(Path(__file__).parent), name, str(folder), str(kills)])
+def to_be_killed(folder: Path, name: str) -> None:
+    run(METHODS[name], folder, updates=8)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_at_five_random_moments_and_resumed_ends_in_the_same_weights(name, tmp_path):
-    whole, killed = start(name, tmp_path / "whole", 0), start(name, tmp_path / "killed", 5)
-    assert killed.wait() == 0 and whole.wait() == 0
-    assert_equal(lora_of(tmp_path / "killed"), lora_of(tmp_path / "whole"))
-    assert_equal(read_tensors(tmp_path / "killed" / "state.safetensors"),
-                 read_tensors(tmp_path / "whole" / "state.safetensors"))  # fmt: skip
+    whole, killed = killing.whole_and_killed(
+        "test_training", "to_be_killed", tmp_path, name, state="state.safetensors",
+        final="pytorch_lora_weights.safetensors", within=0.2,
+    )  # fmt: skip
+    assert_equal(lora_of(killed), lora_of(whole))
+    assert_equal(read_tensors(killed / "state.safetensors"), read_tensors(whole / "state.safetensors"))
 
 
 def test_more_processes_than_prompts_are_refused(tmp_path, monkeypatch):
