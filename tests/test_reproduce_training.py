@@ -31,7 +31,7 @@ def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  
     assert plain["gain"] is None
     difference = stopped["after"]["tiny-aesthetic"]["mean"] - plain["after"]["tiny-aesthetic"]["mean"]
     assert stopped["gain"]["tiny-aesthetic"]["mean"] == pytest.approx(difference)
-    lines = list(csv.DictReader((tmp_path / "table3.csv").open()))
+    lines = list(csv.DictReader((tmp_path / "table3.csv").read_text(encoding="utf-8").splitlines()))
     assert len(lines) == 2 * 2 * 3  # rows, seeds, evaluations
     assert (tmp_path / "table3.png").exists()
     assert len(report["missing"]) == 2 * (len(TRAINING_TABLES["table3"][1](TINY)) - 2)
