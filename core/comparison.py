@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from .datasets import Judge
 from .errors import ArtefactError, ConfigError, DataError
 from .files import read_json
 
@@ -64,11 +65,7 @@ def paired_gain(values: Iterable[float] | Tensor, base: Iterable[float] | Tensor
     return mean_stderr(value - other for value, other in zip(*pairs, strict=True))
 
 
-Detector = Callable[["Tensor", list[str]], "Tensor"]
-"""``fulfilled(images [N, 3, H, W] in [0, 1], prompts) -> [N]`` bool, as in ``CaptionedDataset.fulfilled``."""
-
-
-def compare_runs(folders: Sequence[str | Path], fulfilled: Detector | None = None) -> dict[str, Any]:
+def compare_runs(folders: Sequence[str | Path], fulfilled: Judge | None = None) -> dict[str, Any]:
     """Folders that ``align`` wrote, side by side, every gain paired with the first folder; JSON-able.
 
     Each run has ``reward`` and (given a detector, else None) ``detector`` as ``{mean, stderr}``, ``cost``, and all but

@@ -196,7 +196,7 @@ def diagnosis_settings(
     settings: DiagnosisSettings,
     kernel: Kernel,
     rollout_kernel: Kernel,
-    judges: Sequence[str] = (),
+    judges: Sequence[str],
 ) -> dict[str, Any]:
     """All that decides a diagnosis, JSON-able: what a result to be kept must share.
 
@@ -209,10 +209,7 @@ def diagnosis_settings(
     if isinstance(prompts, str):
         raise ConfigError(f"diagnose: prompts must be a list of strings, got {prompts!r}.")
     scale = default_guidance(backbone) if settings.guidance_scale is None else settings.guidance_scale
-    models = {
-        name: network_identity(network)
-        for name, network in (("backbone", backbone), ("reward", reward))
-    }
+    models = {name: network_identity(network) for name, network in (("backbone", backbone), ("reward", reward))}
     named = {name: [estimator_identity(each), repr(getattr(each, "kernel", None))] for name, each in estimators.items()}
     found = {
         **attrs.asdict(settings), **models, "guidance_scale": float(scale), "estimators": named,

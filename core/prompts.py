@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .datasets import Judge, judges_of
 from .errors import DataError
 from .loading import load_dataset_plugin
 from .registries import registry
@@ -31,3 +32,10 @@ def open_prompts(source: str | Path, count: int | None = None, *, split: str = "
     if not prompts:
         raise DataError(f"{str(path)!r} holds no prompt; write one a line.")
     return prompts
+
+
+def judges_of_prompts(source: str | Path) -> dict[str, Judge]:
+    """What judges pictures of a source's prompts beside any reward: a dataset's detector, none of a text file."""
+    if isinstance(source, str) and source in registry().datasets:
+        return judges_of(load_dataset_plugin(source)())
+    return {}

@@ -245,7 +245,7 @@ class _Reader:
     reward: AnyReward
     grid: Tensor
     levels: list[int]
-    judges: dict[str, Judge] = attrs.field(factory=dict)
+    judges: dict[str, Judge]
     rewards: list[Tensor] = attrs.field(factory=list)
     judged: list[dict[str, Tensor]] = attrs.field(factory=list)
     values: list[dict[tuple[str, int], Tensor]] = attrs.field(factory=list)
@@ -266,8 +266,8 @@ class _Reader:
             clean = sample(context.denoiser, noise, self.grid.to(noise.device), kernel=kernel, callback=look)
             rewards, images = clean_reward(clean, context, self.reward)
         self.rewards.append(rewards.float().cpu())
-        # on the CPU, as where trainings are judged
-        found = {name: judge(images.cpu(), prompts) for name, judge in self.judges.items()}
+        images = images.cpu()  # as where trainings are judged
+        found = {name: judge(images, prompts) for name, judge in self.judges.items()}
         self.judged.append({name: torch.as_tensor(says).float().cpu() for name, says in found.items()})
         self.values.append(read)
 

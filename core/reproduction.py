@@ -22,6 +22,7 @@ from torch import Tensor
 from .alignment import align, default_guidance, reward_condition
 from .alignment_result import AlignResult
 from .backbone import Backbone
+from .datasets import judges_of
 from .errors import ConfigError, StitchError
 from .examples import cache_key
 from .files import make_folder, write_json, write_text
@@ -217,7 +218,7 @@ class _Job:
         images, prompts = result.images, list(result.prompts)
         scores = {name: judge_images(reward, images, prompts, self.settings.batch) for name, reward in
                   self.judges.items() if name != target}  # fmt: skip
-        fulfilled = getattr(self.dataset, "fulfilled", None)
+        fulfilled = judges_of(self.dataset).get("detector")
         return {
             "prompts": prompts, "scores": {target: result.rewards.tolist(), **scores},
             "detector": None if fulfilled is None else [bool(yes) for yes in fulfilled(images, prompts)],

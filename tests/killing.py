@@ -3,8 +3,11 @@ forks them, as imports would take longer than the runs."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ZYGOTE = """
@@ -48,5 +51,10 @@ def whole_and_killed(
     ``within`` seconds after a new checkpoint ``state`` and before it wrote ``final``."""
     whole, killed = place / "whole", place / "killed"
     arguments = (Path(__file__).parent, module, function, whole, killed, state, final, within, *rest)
-    subprocess.run([sys.executable, "-c", ZYGOTE, *map(str, arguments)], check=True)
+    with subprocess.Popen([sys.executable, "-c", ZYGOTE, *map(str, arguments)], start_new_session=True) as zygote:
+        try:
+            assert zygote.wait() == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(zygote.pid, signal.SIGKILL)
     return whole, killed

@@ -61,12 +61,10 @@ def command(
     Prompts of a dataset with a detector: also how well each estimator foresees what it will say. A kernel that is done
     is not repeated with the same settings.
     """
-    from ..datasets import judges_of
     from ..diagnosis_report import run_diagnosis
     from ..kernels import KERNELS
-    from ..loading import load_backbone, load_dataset_plugin
-    from ..prompts import open_prompts
-    from ..registries import registry
+    from ..loading import load_backbone
+    from ..prompts import judges_of_prompts, open_prompts
 
     if kernel != "both" and kernel not in KERNELS:
         raise ConfigError(f"--kernel is {kernel!r}; choose one of both, {', '.join(KERNELS)}.")
@@ -77,11 +75,10 @@ def command(
     network = load_backbone(backbone)
     models = _values(value or [], network)
     judge = _judge(reward, models)
-    judges = judges_of(load_dataset_plugin(prompts)()) if prompts in registry().datasets else {}
     report = run_diagnosis(
         network, _estimators(wanted, models, judge, rollout_steps, drawn), judge,
-        open_prompts(prompts, count, split="test"), out, rollout_kernel=drawn, batch=batch, judges=judges, seeds=seeds,
-        steps=steps,
+        open_prompts(prompts, count, split="test"), out, rollout_kernel=drawn, batch=batch,
+        judges=judges_of_prompts(prompts), seeds=seeds, steps=steps,
         kernels={name: KERNELS[name]() for name in (BOTH if kernel == "both" else (kernel,))},
         guidance_scale=guidance_scale, sigmas=levels(sigmas, "--sigmas"), gradients=gradients,
         gradient_rollouts=gradient_rollouts, gradient_prompts=gradient_prompts, gradient_seeds=gradient_seeds,

@@ -24,21 +24,17 @@ def train_and_print(
     """Train on a dataset's training prompts, or on those of a file, and say what became of the rewards."""
     from accelerate import PartialState
 
-    from ..datasets import judges_of
-    from ..loading import load_dataset_plugin
-    from ..prompts import open_prompts
+    from ..prompts import judges_of_prompts, open_prompts
     from ..registries import registry
     from ..structuring import structure
     from ..training import TrainSettings, train
 
     prompts = open_prompts(source, count, split="train")
-    watched, judges = None, {}
-    if source in registry().datasets:
-        watched = open_prompts(source, EVALUATED, split="test")
-        judges = judges_of(load_dataset_plugin(source)())
+    watched = open_prompts(source, EVALUATED, split="test") if source in registry().datasets else None
     plan = structure(TrainSettings, key_values(training, "--train", "updates=200"), "settings of the training")
     record = train(
-        method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched, judges=judges, **settings
+        method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched,
+        judges=judges_of_prompts(source), **settings,
     ).record
     if not PartialState().is_main_process:  # one of several says it
         return
