@@ -80,6 +80,11 @@ class CostMeter:
         self.seconds += time.perf_counter() - self._started
         _open_meters.reset(self._token)  # type: ignore[arg-type]
 
+    def add(self, other: CostMeter) -> None:
+        """Count what ``other`` counted too."""
+        self.passes.update(other.passes)
+        self.seconds += other.seconds
+
     def report(self) -> dict[str, float]:
         """JSON-able: passes by kind (only kinds that ran), ``seconds``, ``peak_memory`` in bytes."""
         return {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -24,6 +25,8 @@ from .comparison import mean_stderr
 from .datasets import Judge
 from .errors import ConfigError, NonFiniteError
 from .estimators import Estimator
+from .examples import cache_key
+from .files import make_folder
 from .gradients import Gradients, compare_gradients, per_latent
 from .joint import AnyReward, load_judge
 from .kernels import Ancestral, Kernel, Ode
@@ -146,6 +149,7 @@ def diagnose(
     seed: int = 0,
     batch: int = 64,
     judges: Mapping[str, Judge] | None = None,
+    work: str | Path | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Follow ``seeds`` samples of every prompt under ``kernel`` (default: ``Ode()``) and measure each estimator at the
@@ -159,7 +163,8 @@ def diagnose(
     where the denoiser is linear; under the ODE all rollouts from one ``z_t`` are the same. ``guidance_scale`` of
     classifier-free guidance: 3, or 1 for a distilled backbone. ``batch`` bounds the samples of one network pass and
     changes nothing else; a gradient through a rollout keeps the graphs of all its steps. ``judges`` of the finished
-    pictures, such as a detector, are measured beside: a value may foresee the reward and not what it stands for.
+    pictures, such as a detector, are measured beside: a value may foresee the reward and not what it stands for. What
+    an interrupted diagnosis has read is kept in the folder ``work``, where one with the same settings goes on.
 
     Raises :class:`ConfigError` for no prompt or estimator, a setting out of its range, rewards that are all the same
     within each prompt or an estimator without a gradient, and :class:`NonFiniteError` for a value, reward or gradient
@@ -177,13 +182,14 @@ def diagnose(
         backbone=network, reward=judge, prompts=tuple(prompts), seeds=seeds, steps=steps, sigmas=settings.sigmas,
         guidance_scale=known["guidance_scale"], resolution=resolution, seed=seed, batch=batch, kernel=kernel,
     )  # fmt: skip
-    ranking = trajectories.follow(estimators, f"trajectories, {known['kernel']}", progress, judges)
+    folder = None if work is None else make_folder(Path(work) / cache_key(known))
+    ranking = trajectories.follow(estimators, f"trajectories, {known['kernel']}", progress, judges, folder)
     _check_finite(ranking)
     compared = None
     if gradients:
         compared = compare_gradients(
             trajectories, estimators, min(gradient_prompts, len(prompts)), min(gradient_seeds, seeds),
-            gradient_rollouts, rollout_steps, rollout_kernel, progress,
+            gradient_rollouts, rollout_steps, rollout_kernel, progress, folder,
         )  # fmt: skip
     return Diagnosis(ranking, compared, known)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def run_diagnosis(
     under ``kernels``, ``seed`` and ``versions``.
 
     ``settings`` are those of :class:`DiagnosisSettings`. Writes ``parts/KERNEL.json`` when a kernel is done, which is
-    not repeated with the same settings, and ``diagnosis-KERNEL.png``. Raises as :func:`diagnose`, and ``OutputError``
+    not repeated with the same settings, and ``diagnosis-KERNEL.png``; until then what was read is kept in
+    ``parts/KERNEL``, and a rerun goes on there. Raises as :func:`diagnose`, and ``OutputError``
     when ``out`` cannot be written.
     """
     if not kernels:
@@ -58,10 +60,11 @@ def run_diagnosis(
         if part is None:
             diagnosis = diagnose(
                 network, estimators, judge, prompts, kernel=kernel, rollout_kernel=rollout_kernel, batch=batch,
-                judges=judges, progress=progress, **settings,
+                judges=judges, work=parts / name, progress=progress, **settings,
             )  # fmt: skip
             part = diagnosis.report()
             write_json(path, part)
+            shutil.rmtree(parts / name)
             picture.unlink(missing_ok=True)
         found[name] = part
         if not picture.exists():

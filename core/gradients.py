@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -17,7 +19,11 @@ from .kernels import Kernel
 from .monte_carlo import MonteCarlo
 from .paths import as_sigma
 from .ranking import Trajectories
+from .readings import Reading, kept, total_costs
 from .seeds import stream_seed
+
+COSINES, LENGTHS = "cosines/", "lengths"
+"""Names of what is kept of a level: before an estimator's name its cosines and their cost, and the reference's."""
 
 REFERENCE = 7
 """Names the stream of seeds of the reference's rollouts, which no estimator draws from."""
@@ -70,41 +76,61 @@ def compare_gradients(
     steps: int,
     kernel: Kernel,
     progress: bool = True,
+    folder: Path | None = None,
 ) -> Gradients:
     """Gradients at the latents of the first ``seeds`` samples of the first ``prompts`` prompts, at each level.
 
     The reference's rollouts are differentiated one by one, so that memory holds the graph of one, and their noise is
-    shared by the latents of a level. Raises as :func:`gradient_of`.
+    shared by the latents of a level. Levels are kept in ``folder``, which must be these settings' own, and are not read
+    again. Raises as :func:`gradient_of`.
     """
     rows = (torch.arange(prompts)[:, None] * trajectories.seeds + torch.arange(seeds)).flatten()
     context, latents = trajectories.context(rows), trajectories.latents(rows)
-    costs, reference_cost = {name: CostMeter() for name in estimators}, CostMeter()
-    cosines: dict[str, list[Tensor]] = {name: [] for name in estimators}
-    lengths: list[Tensor] = []
-    total = len(latents) * (rollouts + len(estimators))
+    readings: list[Reading] = []
+    of_level = rollouts + len(estimators)
+    total = len(latents) * of_level
     with tqdm(total=total, desc="gradients", disable=not progress, dynamic_ncols=True, mininterval=0.5) as bar:
         for step, z in zip(trajectories.levels, latents, strict=True):
+            streams = [stream_seed(trajectories.seed, REFERENCE, number, 0, 0, 0) for number in range(rollouts)]
+            reference = [
+                MonteCarlo(trajectories.reward, rollouts=1, steps=steps, kernel=kernel, seed=one) for one in streams
+            ]
             place = (z, trajectories.grid[step].to(z), context, trajectories.batch)
-            mean, single = torch.zeros(z.shape, dtype=torch.float64), torch.zeros(len(z), dtype=torch.float64)
-            for number in range(rollouts):
-                stream = stream_seed(trajectories.seed, REFERENCE, number, 0, 0, 0)
-                rollout = MonteCarlo(trajectories.reward, rollouts=1, steps=steps, kernel=kernel, seed=stream)
-                with reference_cost:
-                    gradient = gradient_of("the Monte Carlo reference", rollout, *place)
-                mean += gradient / rollouts
-                single += gradient.square().flatten(1).sum(1) / rollouts
-                bar.update()
-            for name, estimator in estimators.items():
-                with costs[name]:
-                    gradient = gradient_of(name, estimator, *place)
-                cosines[name].append(cosine(gradient, mean))
-                bar.update()
-            lengths.append(torch.stack([mean.square().flatten(1).sum(1), single]))
+            name = f"gradients-{step}"
+            readings.append(kept(folder, name, partial(_read_level, reference, estimators, place, bar)))
+            bar.update(len(readings) * of_level - bar.n)
+    costs = {name: meter.report() for name, meter in total_costs(readings).items()}
+    read = {
+        name: torch.stack([one.tensors[name] for one in readings], -2).unflatten(-1, (prompts, seeds)) for name in costs
+    }
     return Gradients(
-        {name: torch.stack(levels).unflatten(1, (prompts, seeds)) for name, levels in cosines.items()},
-        torch.stack(lengths, 1).unflatten(2, (prompts, seeds)), rollouts, steps,
-        {name: meter.report() for name, meter in costs.items()}, reference_cost.report(),
+        {name: read[f"{COSINES}{name}"] for name in estimators}, read[LENGTHS], rollouts, steps,
+        {name: costs[f"{COSINES}{name}"] for name in estimators}, costs[LENGTHS],
     )  # fmt: skip
+
+
+def _read_level(
+    reference: Sequence[Estimator], estimators: Mapping[str, Estimator], place: tuple[Tensor, Tensor, Prompted, int],
+    bar: tqdm[Any],
+) -> Reading:  # fmt: skip
+    """Each estimator's cosines ``[R]`` with the mean of the ``reference``'s gradients, and the two ``LENGTHS`` ``[2,
+    R]`` of the latter, at one level's ``place``: what :func:`gradient_of` takes after an estimator."""
+    costs = {name: CostMeter() for name in (LENGTHS, *(f"{COSINES}{name}" for name in estimators))}
+    mean = torch.zeros(place[0].shape, dtype=torch.float64)
+    single = torch.zeros(len(mean), dtype=torch.float64)
+    for rollout in reference:
+        with costs[LENGTHS]:
+            gradient = gradient_of("the Monte Carlo reference", rollout, *place)
+        mean += gradient / len(reference)
+        single += gradient.square().flatten(1).sum(1) / len(reference)
+        bar.update()
+    found = {LENGTHS: torch.stack([mean.square().flatten(1).sum(1), single])}
+    for name, estimator in estimators.items():
+        with costs[f"{COSINES}{name}"]:
+            gradient = gradient_of(name, estimator, *place)
+        found[f"{COSINES}{name}"] = cosine(gradient, mean)
+        bar.update()
+    return Reading(found, costs)
 
 
 def gradient_of(

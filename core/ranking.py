@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -23,10 +24,15 @@ from .loading import load_backbone
 from .metrics import spearman
 from .paths import Prediction
 from .progress import track
+from .readings import Reading, kept, total_costs
 from .sampling import Denoiser, sample, seeded_noise
 from .seeds import stream_seed
 
 SIGMAS = (0.9, 0.75, 0.5, 0.25, 0.1)
+
+GENERATION, REWARDS, VALUES, JUDGED = "generation", "rewards", "values/", "judged/"
+"""Names of what is kept of a batch: what the trajectories themselves cost; their rewards; before an estimator's name
+its values and their cost, before a judge's what it says."""
 
 
 @attrs.frozen(eq=False)
@@ -203,22 +209,69 @@ class Trajectories:
         generators = [torch.Generator().manual_seed(stream_seed(self.seed, *stream)) for stream in streams]
         return OwnNoise(self.kernel, generators)
 
-    @torch.no_grad()
     def follow(
         self, estimators: Mapping[str, Estimator], label: str, progress: bool = True,
-        judges: Mapping[str, Judge] | None = None,
+        judges: Mapping[str, Judge] | None = None, folder: Path | None = None,
     ) -> Ranking:  # fmt: skip
-        """Read each estimator along every sample, and have ``judges`` judge the pictures beside the reward; raises
-        :class:`ConfigError` when no prompt's rewards differ."""
-        reader = _Reader(dict(estimators), self.reward, self.grid, self.levels, dict(judges or {}))
-        rows = torch.arange(len(self.prompts) * self.seeds)
+        """Read each estimator along every sample, and have ``judges`` judge the pictures beside the reward.
+
+        Batches are kept in ``folder``, which must be these settings' own, and are not read again. Raises
+        :class:`ConfigError` when no prompt's rewards differ.
+        """
+        judges, rows = judges or {}, torch.arange(len(self.prompts) * self.seeds)
+        readings = []
         for part in track(rows.split(self.batch), label, -(-len(rows) // self.batch), progress):
-            texts = [self.prompts[row // self.seeds] for row in part.tolist()]
-            reader.read(self.noise(part), self.context(part), self.own_kernel(part), texts)
-        result = reader.result(self.sigmas, self.seeds)
+            name = f"rows-{int(part[0])}-{int(part[-1])}"
+            readings.append(kept(folder, name, partial(self._read, part, estimators, judges)))
+        result = self._ranking(readings, estimators, judges)
         if not bool(result.ranked.any()):
             raise ConfigError("no prompt's seeds differ in their reward, so there is nothing to rank.")
         return result
+
+    @torch.no_grad()
+    def _read(self, rows: Tensor, estimators: Mapping[str, Estimator], judges: Mapping[str, Judge]) -> Reading:
+        """``rewards [R]``, ``values/NAME [L, R]`` and ``judged/NAME [R]`` of these rows' trajectories."""
+        values: dict[tuple[str, int], Tensor] = {}
+        costs = {name: CostMeter() for name in estimators}
+        generation, context = CostMeter(), self.context(rows)
+
+        def look(step: int, latents: Tensor, prediction: Prediction) -> None:
+            if step in self.levels:
+                for name, estimator in estimators.items():
+                    with costs[name]:
+                        values[name, step] = estimator(latents, prediction.sigma, context, prediction).float().cpu()
+
+        with generation:
+            noise = self.noise(rows)
+            clean = sample(
+                context.denoiser, noise, self.grid.to(noise.device), kernel=self.own_kernel(rows), callback=look
+            )
+            rewards, images = clean_reward(clean, context, self.reward)
+        for meter in costs.values():
+            generation.passes.subtract(meter.passes)
+            generation.seconds -= meter.seconds
+        images = images.cpu()  # as where trainings are judged
+        prompts = [self.prompts[row // self.seeds] for row in rows.tolist()]
+        tensors = {REWARDS: rewards.float().cpu()}
+        tensors |= {f"{VALUES}{name}": torch.stack([values[name, step] for step in self.levels]) for name in estimators}
+        tensors |= {
+            f"{JUDGED}{name}": torch.as_tensor(judge(images, prompts)).float().cpu() for name, judge in judges.items()
+        }
+        return Reading(tensors, {GENERATION: generation, **{f"{VALUES}{name}": meter for name, meter in costs.items()}})
+
+    def _ranking(self, readings: Sequence[Reading], estimators: Iterable[str], judges: Iterable[str]) -> Ranking:
+        """All batches together."""
+        found = {
+            name: torch.cat([reading.tensors[name] for reading in readings], -1).unflatten(-1, (-1, self.seeds))
+            for name in readings[0].tensors
+        }
+        costs = {name: meter.report() for name, meter in total_costs(readings).items()}
+        return Ranking(
+            self.sigmas, tuple(float(self.grid[step]) for step in self.levels), found[REWARDS],
+            {name: found[f"{VALUES}{name}"] for name in estimators},
+            {name: costs[f"{VALUES}{name}"] for name in estimators}, costs[GENERATION],
+            {name: found[f"{JUDGED}{name}"] for name in judges},
+        )  # fmt: skip
 
     def latents(self, rows: Tensor) -> Tensor:
         """``[L, R, C, h, w]``: what :meth:`follow` reads of these rows at each level."""
@@ -235,55 +288,3 @@ class Trajectories:
             sample(context.denoiser, noise, grid, kernel=self.own_kernel(part), callback=keep)
             parts.append(torch.stack([seen[step] for step in self.levels]))
         return torch.cat(parts, 1)
-
-
-@attrs.define(eq=False)
-class _Reader:
-    """Reads estimators along trajectories and collects what it read, batch by batch."""
-
-    estimators: dict[str, Estimator]
-    reward: AnyReward
-    grid: Tensor
-    levels: list[int]
-    judges: dict[str, Judge]
-    rewards: list[Tensor] = attrs.field(factory=list)
-    judged: list[dict[str, Tensor]] = attrs.field(factory=list)
-    values: list[dict[tuple[str, int], Tensor]] = attrs.field(factory=list)
-    costs: dict[str, CostMeter] = attrs.field(factory=dict)
-    generation: CostMeter = attrs.field(factory=CostMeter)
-
-    def read(self, noise: Tensor, context: Prompted, kernel: Kernel, prompts: list[str]) -> None:
-        """One batch of trajectories from ``noise [B, C, h, w]``."""
-        read: dict[tuple[str, int], Tensor] = {}
-
-        def look(step: int, latents: Tensor, prediction: Prediction) -> None:
-            if step in self.levels:
-                for name, estimator in self.estimators.items():
-                    with self.costs.setdefault(name, CostMeter()):
-                        read[name, step] = estimator(latents, prediction.sigma, context, prediction).float().cpu()
-
-        with self.generation:
-            clean = sample(context.denoiser, noise, self.grid.to(noise.device), kernel=kernel, callback=look)
-            rewards, images = clean_reward(clean, context, self.reward)
-        self.rewards.append(rewards.float().cpu())
-        images = images.cpu()  # as where trainings are judged
-        found = {name: judge(images, prompts) for name, judge in self.judges.items()}
-        self.judged.append({name: torch.as_tensor(says).float().cpu() for name, says in found.items()})
-        self.values.append(read)
-
-    def result(self, requested: tuple[float, ...], seeds: int) -> Ranking:
-        """All batches together; what the estimators cost is taken out of the generation's cost."""
-        values = {
-            name: torch.stack([torch.cat([read[name, step] for read in self.values]) for step in self.levels])
-            for name in self.estimators
-        }
-        for meter in self.costs.values():
-            self.generation.passes.subtract(meter.passes)
-            self.generation.seconds -= meter.seconds
-        return Ranking(
-            requested, tuple(float(self.grid[step]) for step in self.levels),
-            torch.cat(self.rewards).unflatten(0, (-1, seeds)),
-            {name: table.unflatten(1, (-1, seeds)) for name, table in values.items()},
-            {name: meter.report() for name, meter in self.costs.items()}, self.generation.report(),
-            {name: torch.cat([said[name] for said in self.judged]).unflatten(0, (-1, seeds)) for name in self.judges},
-        )  # fmt: skip

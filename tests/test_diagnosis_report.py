@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
+import pytest
 from PIL import Image
 
 from analytic import GaussianBackbone, LinearReward, QuadraticReward
 from families import write_clip
 from pipelines import write_pipeline
-from stitchvm.core import CostMeter, MonteCarlo, Ode, Sde, Tweedie, diagnosis_report, registry
+from stitchvm.core import CostMeter, MonteCarlo, NonFiniteError, Ode, Sde, Tweedie, diagnosis_report, registry
 from toy_world import DATASET
 
 QUIET = {"guidance_scale": 1.0, "progress": False}
@@ -45,6 +47,62 @@ def test_a_folder_holds_each_kernel_and_none_is_repeated(tmp_path, monkeypatch):
     for changed in ({"seed": 1}, {"kernels": {"sde": Sde(scale=1.0)}}):
         assert run(**{"kernels": {"sde": Sde()}, **changed})[1]["denoiser"] == spent["denoiser"]
     assert drawn == ["sde", "ode", "ode", "sde", "sde"]
+
+
+@pytest.mark.parametrize(("stop", "lost"), [(3, 1), (6, 0), (7, 0)], ids=["trajectories", "between", "gradients"])
+def test_an_interrupted_kernel_goes_on_where_it_stopped(tmp_path, monkeypatch, stop, lost):
+    backbone, reward = GaussianBackbone(), QuadraticReward()
+    read, calls = Tweedie.__call__, []
+
+    def counted(self, *arguments):
+        if len(calls) == stop and folder == "interrupted":
+            raise KeyboardInterrupt
+        calls.append(folder)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Tweedie, "__call__", counted)
+
+    def run():
+        part = diagnosis_report.run_diagnosis(
+            backbone, {"tweedie": Tweedie(reward)}, reward, ["0", "1"], tmp_path / folder.split()[0],
+            kernels={"sde": Sde()}, judges={"bright": lambda images, prompts: images.mean((1, 2, 3))}, seeds=3, steps=5,
+            sigmas=(0.75, 0.5), gradient_rollouts=2, gradient_prompts=1, rollout_steps=2, batch=2, **QUIET,
+        )["kernels"]["sde"]  # fmt: skip
+        return re.sub(r'"(seconds|peak_memory)": [^,}]+', "", json.dumps(part))
+
+    folder = "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    folder = "interrupted again"
+    found = run()
+    # 8 readings are a whole: two levels of three batches, and the gradient at two levels; a batch is lost at most
+    assert Counter(calls) == {"interrupted": stop, "interrupted again": 8 - stop + lost}
+    folder = "undisturbed"
+    assert found == run()
+    assert [path.name for path in (tmp_path / "interrupted" / "parts").iterdir()] == ["sde.json"]
+
+
+def test_what_is_not_finite_is_read_again(tmp_path):
+    backbone, reward = GaussianBackbone(), QuadraticReward()
+
+    def run():
+        return diagnosis_report.run_diagnosis(backbone, {"broken": broken}, reward, ["0", "1"], tmp_path, seeds=3,
+                                              kernels={"ode": Ode()}, steps=4, gradients=False, **QUIET)  # fmt: skip
+
+    class Broken:
+        lost = True
+
+        def __call__(self, latents, *_):
+            return latents.mean((1, 2, 3)) / (0.0 if self.lost else 1.0)
+
+        def __repr__(self):
+            return "Broken()"
+
+    broken = Broken()
+    with pytest.raises(NonFiniteError, match="broken gave no finite value"):
+        run()
+    broken.lost = False
+    assert all(run()["kernels"]["ode"]["estimators"]["broken"]["rank"])
 
 
 def test_what_judges_say_is_told_beside_and_makes_a_kept_kernel_another(tmp_path):

@@ -58,8 +58,8 @@ def command(
 ) -> None:
     """Measure value estimators along the backbone's own samples: ranking, calibration, gradient, cost by noise level.
 
-    Prompts of a dataset with a detector: also how well each estimator foresees what it will say. A kernel that is done
-    is not repeated with the same settings.
+    Prompts of a dataset with a detector: also how well each estimator foresees what it will say. With the same
+    settings a kernel that is done is not repeated, and an interrupted one goes on where it stopped.
     """
     from ..diagnosis_report import run_diagnosis
     from ..kernels import KERNELS
