@@ -111,9 +111,10 @@ def train(
     ``evaluation_prompts`` (by default the first 16 of ``prompts``) with averaged weights, always from the same noise.
 
     ``out`` gets ``train.json`` (settings, versions, cost, history), ``training.png``, image grids, and what plain
-    diffusers loads: ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(out)``. A run that was killed
-    goes on from its last checkpoint there to the same weights, bit for bit on one process. Under ``accelerate
-    launch``, processes share every update's prompts.
+    diffusers loads: ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(out)``. ``best`` has the same of
+    the evaluation with the highest mean of ``reward`` (itself, whatever ``value`` was maximised).
+    A run that was killed goes on from its last checkpoint there to the same weights, bit for bit on one process.
+    Under ``accelerate launch``, processes share every update's prompts.
 
     Raises :class:`ConfigError` for bad settings or those of another run in ``out``, ``OutputError`` when ``out`` cannot
     be written, :class:`NonFiniteError` when the loss or a weight is not finite (the last checkpoint is kept).
@@ -220,6 +221,8 @@ class _Run:
         found: Evaluation = self.gallery.evaluate(self.problem, state.averages.backbone, record.evaluations)
         report = found.report(number, record)
         record.evaluations.append(report)
+        if record.best is report:
+            state.save_best(write=self.accelerator.is_main_process)
         means = {f"evaluation/{name}": entry["mean"] for name, entry in report["rewards"].items()}
         self.accelerator.log(means, step=number)
         if self.accelerator.is_main_process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .training_evaluation import Gallery
     from .training_problem import TrainingMethod, TrainProblem
 
-STATE, RECORD = "state.safetensors", "train.json"
+STATE, RECORD, BEST = "state.safetensors", "train.json", "best"
 
 
 @attrs.define(eq=False)
@@ -64,6 +65,11 @@ class TrainingRecord:
     def updates(self) -> int:
         return len(self.history)
 
+    @property
+    def best(self) -> dict[str, Any]:
+        """The evaluation whose mean of the trained reward is the highest, of equal ones the first."""
+        return max(self.evaluations, key=lambda entry: next(iter(entry["rewards"].values()))["mean"])
+
     def add(self, figures: dict[str, float], passes: Counter[str], seconds: float) -> None:
         """One more update."""
         self.history.append(figures)
@@ -81,7 +87,8 @@ class TrainingRecord:
 
         write_json(folder / RECORD, {
             "settings": self.settings, "seed": self.settings["seed"], "versions": versions(), "cost": self.cost(),
-            "updates": self.updates, "evaluations": self.evaluations, "history": self.history,
+            "updates": self.updates, "best_update": self.best["update"], "evaluations": self.evaluations,
+            "history": self.history,
         })  # fmt: skip
         if len(self.evaluations) > 1:
             training_plots.training_curves(self.evaluations, folder / "training.png")
@@ -118,6 +125,16 @@ class TrainingState:
         kept = {field.name: getattr(record, field.name) for field in attrs.fields(type(record))}
         if write:
             write_tensors(self.folder / STATE, tensors, {"record": json.dumps(kept)})
+
+    def save_best(self, write: bool) -> None:
+        """Write the averaged weights to ``best``, in the place of what was there. All processes call it, see
+        :meth:`save`."""
+        place = self.folder / BEST
+        partial = place.with_name(f"{BEST}.partial")
+        self.averages.save(partial, write=write)
+        if write:
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
 
     def restore(self, record: TrainingRecord) -> TrainingRecord:
         """Take the checkpoint of the same run, if there is one, and return its record.

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ import killing
 from stitchvm import core
 from stitchvm.core import LoraSettings, Prediction, Prompted, TrainSettings
 from stitchvm.core.files import read_tensors
-from stitchvm.core.training_evaluation import _fallen
+from stitchvm.core.training_evaluation import Gallery, _fallen
+from stitchvm.core.training_state import TrainingState
 from stitchvm.plugins.aligners.best_of_n import BestOfN
 from stitchvm.plugins.aligners.diffusion_dpo import DiffusionDpo
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
@@ -164,6 +166,33 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_named():
            "same": up["same"] + torch.tensor([0.1, -0.1, 0.05, -0.1])}  # fmt: skip
     assert _fallen(up, first) == ["worse"]
     assert _fallen({**up, "trained": torch.tensor(first["trained"])}, first) == []
+
+
+def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
+    evaluate, sampled = Gallery.evaluate, []
+
+    def told(self, problem, backbone, before):
+        found = evaluate(self, problem, backbone, before)
+        trained, *others = found.scores
+        sampled.append(averages[0].tensors())
+        mean = (0.1, 0.4, 0.2, 0.4)[len(sampled) - 1]
+        return attrs.evolve(found, scores={trained: torch.full((2,), mean), **{n: found.scores[n] for n in others}})
+
+    averages, begin = [], TrainingState.begin.__func__
+
+    def begun(cls, *arguments):
+        state = begin(cls, *arguments)
+        averages.append(state.averages)
+        return state
+
+    monkeypatch.setattr(Gallery, "evaluate", told)
+    monkeypatch.setattr(TrainingState, "begin", classmethod(begun))
+    run(Draft(), tmp_path, updates=6)
+    assert json.loads((tmp_path / "train.json").read_text())["best_update"] == 2
+    kept, last = lora_of(tmp_path / "best"), lora_of(tmp_path)
+    assert_equal(kept, {f"transformer.{n.replace('.default', '')}": tensor for n, tensor in sampled[1].items()})
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+    assert not (tmp_path / "best.partial").exists()
 
 
 def test_held_out_rewards_are_evaluated_and_never_trained_on(tmp_path):

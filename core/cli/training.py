@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def train_and_print(
     from ..registries import registry
     from ..structuring import structure
     from ..training import TrainSettings, train
+    from ..training_state import BEST
 
     prompts = open_prompts(source, count, split="train")
     watched = open_prompts(source, EVALUATED, split="test") if source in registry().datasets else None
@@ -35,17 +36,24 @@ def train_and_print(
     record = train(
         method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched,
         judges=judges_of_prompts(source), **settings,
-    ).record
+    ).record  # fmt: skip
     if not PartialState().is_main_process:  # one of several says it
         return
     if as_json:
         print_json({"settings": record.settings, "evaluations": record.evaluations, "cost": record.cost()})
         return
-    first, last = record.evaluations[0]["rewards"], record.evaluations[-1]["rewards"]
-    shown = [(name, f"{first[name]['mean']:.4g}", f"{last[name]['mean']:.4g} ± {last[name]['stderr'] or 0:.2g}")
-             for name in last]  # fmt: skip
-    print_table(("reward", "before", f"after {record.updates} updates"), shown)
+    first, best, last = record.evaluations[0], record.best, record.evaluations[-1]
+    columns = {"before": first, f"after {record.updates} updates": last}
+    if best is not last:
+        columns[f"best, after {best['update']} (in {BEST})"] = best
+    print_table(("reward", *columns), [
+        (name, *(_mean(entry["rewards"][name]) for entry in columns.values())) for name in last["rewards"]
+    ])  # fmt: skip
     print_table((method, str(out)), [(name.replace("_", " "), str(entry)) for name, entry in record.cost().items()])
+
+
+def _mean(found: Mapping[str, float | None]) -> str:
+    return f"{found['mean']:.4g} ± {found['stderr'] or 0:.2g}"
 
 
 def train_and_compare(
