@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import attrs
 import torch
-from processes import arguments, fresh, processor
-from sd35 import BACKBONE, GUIDANCE_SCALE, INTERFACE, REWARD, SMALL_INTERFACE, STEPS, Networks, PeakMemory
+from processes import arguments, fresh, parser_of, processor
+from sd35 import BACKBONE, GUIDANCE_SCALE, INTERFACE, REWARD, SMALL_INTERFACE, STEPS, Networks, PeakMemory, networks_for
 from torch import Tensor
 
 from stitchvm.core import AlignProblem, CostMeter, NonFiniteError, Stitched, Tweedie
@@ -159,12 +159,12 @@ def _quotient(over: float, under: float) -> float:
     return over / under if over > 0 and under > 0 else math.nan
 
 
-def report(figures: Mapping[str, Mapping[str, Any]], small: bool) -> dict[str, Any]:
+def report(figures: Mapping[str, Mapping[str, Any]], small: bool, dtype: str) -> dict[str, Any]:
     """JSON-able: what was measured on what, and what follows."""
     interface = SMALL_INTERFACE if small else INTERFACE
     return {
         "backbone": BACKBONE, "reward": REWARD, "interface": attrs.asdict(interface), "small": small,
-        "guidance_scale": GUIDANCE_SCALE, "dtype": "bfloat16", "versions": versions(), "figures": figures,
+        "guidance_scale": GUIDANCE_SCALE, "dtype": dtype, "versions": versions(), "figures": figures,
         "ratios": {
             name: {"value": None if math.isnan(ratio.value) else ratio.value, "target": ratio.goal, "met": ratio.met}
             for name, ratio in ratios(figures).items()
@@ -192,15 +192,14 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(settings: Sequence[str] | None = None) -> int:
-    given = arguments(__doc__ or "", FIGURES, settings)
+    given = arguments(parser_of(__doc__ or "", FIGURES), settings)
     if given.figure:
-        networks = Networks.build(small=given.small, device="cuda" if torch.cuda.is_available() else "cpu")
-        sys.stdout.write(json.dumps(measure(networks, FIGURES[given.figure], given.repeats)) + "\n")
+        sys.stdout.write(json.dumps(measure(networks_for(given), FIGURES[given.figure], given.repeats)) + "\n")
         return 0
-    figures = {name: fresh(__file__, name, given) for name in ([given.only] if given.only else FIGURES)}
+    figures = {name: fresh(__file__, name, given) for name in given.only or FIGURES}
     out = given.out or (None if given.small or given.only else Path(__file__).with_suffix(".json"))
     if out:
-        out.write_text(json.dumps(report(figures, given.small), indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(report(figures, given.small, given.dtype), indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(table(figures) + "\n")
     missed = not given.small and any(ratio.met is False for ratio in ratios(figures).values())
     return int(missed or any("failed" in found for found in figures.values()))

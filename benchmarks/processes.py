@@ -13,11 +13,18 @@ from typing import Any
 
 import torch
 
+DTYPES = ("bfloat16", "float32")
+
+FORWARDED = ("repeats", "threads", "dtype", "steps")
+"""Options that a figure's own process is given too."""
+
 
 def fresh(script: str, name: str, given: argparse.Namespace) -> dict[str, Any]:
     """What ``script --figure name`` prints as JSON; what it died of where it did, such as a lack of memory."""
-    command = [sys.executable, script, "--figure", name, "--repeats", str(given.repeats)]
-    command += ["--small"] * given.small + (["--threads", str(given.threads)] if given.threads else [])
+    command = [sys.executable, script, "--figure", name, *["--small"] * given.small]
+    for option in FORWARDED:
+        if getattr(given, option, None) is not None:
+            command += [f"--{option}", str(getattr(given, option))]
     # some libraries read their number of threads here, before torch is told
     surroundings = os.environ | ({"OMP_NUM_THREADS": str(given.threads)} if given.threads else {})
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
@@ -28,17 +35,26 @@ def fresh(script: str, name: str, given: argparse.Namespace) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def arguments(about: str, figures: Collection[str], given: Sequence[str] | None) -> argparse.Namespace:
-    """Of a script that measures ``figures``; torch's threads are set as they say."""
+def parser_of(about: str, figures: Collection[str]) -> argparse.ArgumentParser:
+    """Of a script that measures ``figures``, with the options that all have."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
     parser.add_argument("--repeats", type=int, default=3, help="steps measured a figure (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="the registry's twins; their ratios mean nothing")
-    parser.add_argument("--only", choices=figures, metavar="FIGURE", help=f"one of: {', '.join(figures)}")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all networks (default: %(default)s)")
+    parser.add_argument(
+        "--only", choices=figures, metavar="FIGURE", action="append",
+        help=f"may be repeated; one of: {', '.join(figures)}",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, help="where to write JSON (default: beside this file, for all figures at full size)"
     )
     parser.add_argument("--figure", choices=figures, help=argparse.SUPPRESS)
+    return parser
+
+
+def arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
+    """What ``given`` says; torch's threads are set to it."""
     found = parser.parse_args(given)
     if found.repeats < 1 or (found.threads is not None and found.threads < 1):
         parser.error("--repeats and --threads must be at least 1.")

@@ -6,6 +6,7 @@ Nothing is downloaded and no text encoder is needed: prompt embeddings are rando
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,6 +83,12 @@ class Networks:
         """Have denoiser, decoder and reward keep a block's input alone and run it again on the way back."""
         self.backbone.gradient_checkpointing = self.reward.gradient_checkpointing = True
         self.vae.enable_gradient_checkpointing()
+
+
+def networks_for(given: argparse.Namespace) -> Networks:
+    """Those that a benchmark's options ask for, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Networks.build(small=given.small, dtype=getattr(torch, given.dtype), device=device)
 
 
 def _unjudged(latents: Tensor, context: Prompted) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,19 @@
 """What one iteration of training costs on Stable Diffusion 3.5 Medium at 512 pixels, plain and stopped early.
 
     python benchmarks/training_sd35.py --threads 2 --repeats 1   # 6 GB, and what the decoder's gradient needs
+    python benchmarks/training_sd35.py --dtype float32 --steps 4 # on a CPU that is slow at bfloat16
     python benchmarks/training_sd35.py --small                   # the registry's twins: does it run?
 
-Random weights in bfloat16, a LoRA of rank 32, no classifier-free guidance, 10 sampling steps, gradient checkpointing,
-one prompt with two samples, one at a time. *Plain* maximises the clean reward of a whole rollout, *stopped* the
-stitched value after 5 steps. DiffusionNFT reads every sample at all of the sampler's levels above the stop. Every
+Random weights, a LoRA of rank 32, no classifier-free guidance, 10 sampling steps, gradient checkpointing, one prompt
+with two samples, one at a time. *Plain* maximises the clean reward of a whole rollout, *stopped* the stitched value
+after half the steps. DiffusionNFT reads every sample at all of the sampler's levels above the stop. Every
 figure is a fresh process; it reports seconds, passes and the peak of memory above the weights of an iteration (to
 collect, the loss and its gradient, the optimiser's step). The table is also written as JSON. Needs Linux.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -22,8 +24,8 @@ from typing import Any
 
 import attrs
 import torch
-from processes import arguments, fresh, processor
-from sd35 import BACKBONE, INTERFACE, REWARD, SMALL_INTERFACE, Networks, PeakMemory
+from processes import arguments, fresh, parser_of, processor
+from sd35 import BACKBONE, INTERFACE, REWARD, SMALL_INTERFACE, Networks, PeakMemory, networks_for
 
 from stitchvm.core import CostMeter, LoraSettings, Policy, Stitched, TrainingMethod, TrainProblem, Tweedie, Update
 from stitchvm.core.costs import differentiating
@@ -32,37 +34,40 @@ from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
 from stitchvm.plugins.aligners.draft import Draft
 
 GB = 1e9
-STEPS, STOP, SAMPLES = 10, 5, 2
+STEPS, SAMPLES = 10, 2
 
 
 @attrs.frozen
 class Figure:
-    """One measurement: a method, for the clean reward or stopped for the stitched value."""
+    """One measurement: a method, for the clean reward or stopped half way for the stitched value."""
 
     label: str
-    method: TrainingMethod
+    method: type[Draft | DiffusionNft]
     stopped: bool
+
+    def trainer(self, steps: int) -> TrainingMethod:
+        """The method for rollouts of ``steps``."""
+        halfway = (steps // 2, steps // 2) if self.stopped else None
+        return self.method(samples_per_prompt=SAMPLES, stop=halfway)
 
 
 FIGURES = {
-    "draft": Figure("DRaFT-1, plain", Draft(samples_per_prompt=SAMPLES), False),
-    "draft-stopped": Figure("DRaFT-1, stopped", Draft(samples_per_prompt=SAMPLES, stop=(STOP, STOP)), True),
-    "nft": Figure("DiffusionNFT, plain", DiffusionNft(samples_per_prompt=SAMPLES), False),
-    "nft-stopped": Figure(
-        "DiffusionNFT, stopped", DiffusionNft(samples_per_prompt=SAMPLES, stop=(STOP, STOP)), True
-    ),
+    "draft": Figure("DRaFT-1, plain", Draft, False),
+    "draft-stopped": Figure("DRaFT-1, stopped", Draft, True),
+    "nft": Figure("DiffusionNFT, plain", DiffusionNft, False),
+    "nft-stopped": Figure("DiffusionNFT, stopped", DiffusionNft, True),
 }
 
 
-def problem_of(networks: Networks, figure: Figure) -> TrainProblem:
+def problem_of(networks: Networks, figure: Figure, steps: int) -> TrainProblem:
     """One prompt, one sample a pass."""
     networks.checkpoint_gradients()
     policy = Policy.of(networks.backbone, LoraSettings())
     channels, side = networks.noise.shape[1], networks.noise.shape[-1]
     return TrainProblem(
         policy, networks.backbone, Stitched(networks.value) if figure.stopped else Tweedie(networks.reward),
-        networks.prompt, networks.text, networks.null, networks.backbone.sigmas(STEPS, (side, side)).to(networks.noise),
-        (channels, side, side), batch=1, old=policy.another() if figure.method.needs_old else None,
+        networks.prompt, networks.text, networks.null, networks.backbone.sigmas(steps, (side, side)).to(networks.noise),
+        (channels, side, side), batch=1, old=policy.another() if figure.trainer(steps).needs_old else None,
     )  # fmt: skip
 
 
@@ -78,14 +83,14 @@ def iterate(problem: TrainProblem, method: TrainingMethod, optimiser: torch.opti
     method.updated(problem, number)
 
 
-def measure(networks: Networks, figure: Figure, repeats: int) -> dict[str, Any]:
+def measure(networks: Networks, figure: Figure, repeats: int, steps: int = STEPS) -> dict[str, Any]:
     """``seconds`` of every iteration, ``passes`` of one, and ``memory``, the peak above the weights in bytes."""
-    problem, costs = problem_of(networks, figure), []
+    problem, method, costs = problem_of(networks, figure, steps), figure.trainer(steps), []
     optimiser = torch.optim.AdamW(problem.policy.parameters.values(), lr=1e-4)
     with PeakMemory(networks.noise.device) as memory:
         for number in range(repeats):
             with CostMeter() as cost:
-                iterate(problem, figure.method, optimiser, number)
+                iterate(problem, method, optimiser, number)
             costs.append(cost)
     seconds = [cost.seconds for cost in costs]
     return {
@@ -105,13 +110,14 @@ def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def report(figures: Mapping[str, Mapping[str, Any]], small: bool) -> dict[str, Any]:
+def report(figures: Mapping[str, Mapping[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
     """JSON-able: what was measured on what, and what follows."""
     known = {name: None if math.isnan(ratio) else ratio for name, ratio in ratios(figures).items()}
     return {
-        "backbone": BACKBONE, "reward": REWARD, "interface": attrs.asdict(SMALL_INTERFACE if small else INTERFACE),
-        "small": small, "steps": STEPS, "stop": STOP, "samples": SAMPLES, "dtype": "bfloat16", "versions": versions(),
-        "figures": figures, "ratios": known,
+        "backbone": BACKBONE, "reward": REWARD,
+        "interface": attrs.asdict(SMALL_INTERFACE if given.small else INTERFACE),
+        "small": given.small, "steps": given.steps, "stop": given.steps // 2, "samples": SAMPLES, "dtype": given.dtype,
+        "versions": versions(), "figures": figures, "ratios": known,
     }  # fmt: skip
 
 
@@ -129,15 +135,19 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(settings: Sequence[str] | None = None) -> int:
-    given = arguments(__doc__ or "", FIGURES, settings)
+    parser = parser_of(__doc__ or "", FIGURES)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a whole rollout, even (default: %(default)s)")
+    given = arguments(parser, settings)
+    if given.steps < 2 or given.steps % 2:
+        parser.error("--steps must be even and at least 2.")
     if given.figure:
-        networks = Networks.build(small=given.small, device="cuda" if torch.cuda.is_available() else "cpu")
-        sys.stdout.write(json.dumps(measure(networks, FIGURES[given.figure], given.repeats)) + "\n")
+        found = measure(networks_for(given), FIGURES[given.figure], given.repeats, given.steps)
+        sys.stdout.write(json.dumps(found) + "\n")
         return 0
-    figures = {name: fresh(__file__, name, given) for name in ([given.only] if given.only else FIGURES)}
+    figures = {name: fresh(__file__, name, given) for name in given.only or FIGURES}
     out = given.out or (None if given.small or given.only else Path(__file__).with_suffix(".json"))
     if out:
-        out.write_text(json.dumps(report(figures, given.small), indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(report(figures, given), indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(table(figures) + "\n")
     return int(any("failed" in found for found in figures.values()))
 

@@ -176,11 +176,11 @@ def test_a_figure_that_fails_is_reported(guidance, processes, monkeypatch):
         return subprocess.CompletedProcess([], -9, "", "")
 
     monkeypatch.setattr(processes.subprocess, "run", starved)
-    given = processes.arguments("", guidance.FIGURES, ["--small"])
+    given = processes.arguments(processes.parser_of("", guidance.FIGURES), ["--small"])
     figures = {"tweedie": guidance.fresh(guidance.__file__, "tweedie", given)}
     assert figures == {"tweedie": {"failed": "killed by signal 9"}}
     assert "| step guided by Tweedie's estimate | killed by signal 9 |" in guidance.table(figures)
-    json.dumps(guidance.report(figures, small=True), allow_nan=False)
+    json.dumps(guidance.report(figures, small=True, dtype="float32"), allow_nan=False)
 
 
 def test_guidance_runs_from_end_to_end(guidance, tmp_path, capsys):
