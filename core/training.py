@@ -221,11 +221,13 @@ class _Run:
         found: Evaluation = self.gallery.evaluate(self.problem, state.averages.backbone, record.evaluations)
         report = found.report(number, record)
         record.evaluations.append(report)
-        if record.best is report:
-            state.save_best(write=self.accelerator.is_main_process)
+        main = self.accelerator.is_main_process
+        # said by one for all, who must save together: their numbers may differ in the last digit
+        if float(self._summed(torch.tensor(float(main and record.best is report), device=self.problem.device))):
+            state.save_best(write=main)
         means = {f"evaluation/{name}": entry["mean"] for name, entry in report["rewards"].items()}
         self.accelerator.log(means, step=number)
-        if self.accelerator.is_main_process:
+        if main:
             found.save(self.folder / "grids" / f"{number:05d}.png")
             record.write(self.folder)
 

@@ -40,7 +40,10 @@ def train_and_print(
     if not PartialState().is_main_process:  # one of several says it
         return
     if as_json:
-        print_json({"settings": record.settings, "evaluations": record.evaluations, "cost": record.cost()})
+        print_json({
+            "settings": record.settings, "evaluations": record.evaluations, "best_update": record.best["update"],
+            "cost": record.cost(),
+        })  # fmt: skip
         return
     first, best, last = record.evaluations[0], record.best, record.evaluations[-1]
     columns = {"before": first, f"after {record.updates} updates": last}
