@@ -60,8 +60,9 @@ class Gallery:
 
     @torch.no_grad()
     def evaluate(self, problem: TrainProblem, backbone: Backbone, before: Sequence[Mapping[str, Any]]) -> Evaluation:
-        """Sample ``backbone`` and judge; warns of a reward that has fallen since the first evaluation while
-        the trained one has risen, both by more than two standard errors."""
+        """Sample ``backbone`` and judge; warns of a held-out reward that has fallen since the first evaluation while
+        the trained one has risen, and of a trained one that has fallen from its best, all by more than two standard
+        errors. ``before``: the reports of earlier evaluations."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
         pictures = []
         for rows in torch.arange(len(self.prompts)).split(problem.batch):
@@ -78,17 +79,13 @@ class Gallery:
         found = {name: torch.cat(scores) for name, scores in parts.items()}
         found |= {name: torch.as_tensor(judge(images, list(self.prompts))).float().cpu()
                   for name, judge in self.judges.items()}  # fmt: skip
-        fallen = _fallen(found, before[0]["scores"]) if before else []
-        if fallen:
-            warnings.warn(f"{' and '.join(fallen)}, held out, fell while the trained reward rose: reward hacking?",
-                          RuntimeWarning, stacklevel=2)  # fmt: skip
-        return Evaluation(found, images, tuple(fallen))
+        return Evaluation(found, images, tuple(_fallen(found, before)) if before else ())
 
 
 @attrs.frozen(eq=False)
 class Evaluation:
-    """Scores ``[P]`` by reward, the trained one first, and the images ``[P, 3, H, W]``; ``fallen`` names held-out
-    rewards that fell."""
+    """Scores ``[P]`` by reward, the trained one first, and the images ``[P, 3, H, W]``; ``fallen`` names the rewards
+    that were warned of."""
 
     scores: dict[str, Tensor]
     images: Tensor
@@ -109,8 +106,30 @@ class Evaluation:
         write_png(path, sheet((self.images[:GRID_IMAGES].clamp(0, 1) * 255).round().byte()))
 
 
-def _fallen(now: Mapping[str, Tensor], first: Mapping[str, Sequence[float]]) -> list[str]:
-    """The held-out rewards that fell while the trained one rose, each prompt beside itself."""
-    changes = {name: paired_gain(scores, first[name]) for name, scores in now.items()}
-    trained, *held_out = ((name, change.mean / max(change.stderr or 0.0, 1e-12)) for name, change in changes.items())
-    return [name for name, sure in held_out if sure < -2] if trained[1] > 2 else []
+def best_of(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The report whose mean of the trained reward is the highest, of equal ones the first."""
+    return max(evaluations, key=lambda entry: next(iter(entry["rewards"].values()))["mean"])
+
+
+def _fallen(now: Mapping[str, Tensor], before: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The trained reward where it fell from its best, and held-out ones that fell while it rose; warns of each."""
+    trained, *held_out = now
+    best = best_of(before)
+    fallen = [trained] if _certainty(now[trained], best["scores"][trained]) < -2 else []
+    if fallen:
+        warnings.warn(f"{trained}, trained, fell from what it was after update {best['update']}, whose weights are in "
+                      "best.", RuntimeWarning, stacklevel=3)  # fmt: skip
+    first = before[0]["scores"]
+    if _certainty(now[trained], first[trained]) > 2:
+        hacked = [name for name in held_out if _certainty(now[name], first[name]) < -2]
+        if hacked:
+            warnings.warn(f"{' and '.join(hacked)}, held out, fell while the trained reward rose: reward hacking?",
+                          RuntimeWarning, stacklevel=3)  # fmt: skip
+        fallen += hacked
+    return fallen
+
+
+def _certainty(now: Tensor, then: Sequence[float]) -> float:
+    """The mean change in its standard errors, each prompt beside itself."""
+    change = paired_gain(now, then)
+    return change.mean / max(change.stderr or 0.0, 1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +19,7 @@ from .files import read_metadata, read_tensors, write_json, write_tensors
 from .policy import Policy
 from .provenance import network_identity, versions
 from .structuring import plain
+from .training_evaluation import best_of
 
 if TYPE_CHECKING:
     from .training import TrainSettings
@@ -66,9 +67,9 @@ class TrainingRecord:
         return len(self.history)
 
     @property
-    def best(self) -> dict[str, Any]:
-        """The evaluation whose mean of the trained reward is the highest, of equal ones the first."""
-        return max(self.evaluations, key=lambda entry: next(iter(entry["rewards"].values()))["mean"])
+    def best(self) -> Mapping[str, Any]:
+        """The evaluation with the highest mean of the trained reward, whose weights are in ``best``."""
+        return best_of(self.evaluations)
 
     def add(self, figures: dict[str, float], passes: Counter[str], seconds: float) -> None:
         """One more update."""

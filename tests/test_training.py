@@ -158,14 +158,31 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tm
     assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
+def evaluated(update: int, scores: dict[str, list[float]]) -> dict[str, object]:
+    means = {name: {"mean": sum(each) / len(each)} for name, each in scores.items()}
+    return {"update": update, "scores": scores, "rewards": means}
+
+
 def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_named():
     first = {"trained": [0.0, 0.1, 0.2, 0.3], "same": [0.5, 0.5, 0.4, 0.6], "worse": [0.9, 0.8, 0.7, 0.9]}
     up = {name: torch.tensor(scores) for name, scores in first.items()}
     up |= {"trained": up["trained"] + torch.tensor([0.3, 0.2, 0.3, 0.4]),
            "worse": up["worse"] - torch.tensor([0.2, 0.1, 0.2, 0.3]),
            "same": up["same"] + torch.tensor([0.1, -0.1, 0.05, -0.1])}  # fmt: skip
-    assert _fallen(up, first) == ["worse"]
-    assert _fallen({**up, "trained": torch.tensor(first["trained"])}, first) == []
+    before = [evaluated(0, first)]
+    with pytest.warns(RuntimeWarning, match="worse, held out, fell while"):
+        assert _fallen(up, before) == ["worse"]
+    assert _fallen({**up, "trained": torch.tensor(first["trained"])}, before) == []
+
+
+def test_a_trained_reward_that_falls_from_its_best_is_named():
+    """Beside the best evaluation, not the first: below that by 0.1 on each of four prompts, give or take 0.01."""
+    first, best, later = (evaluated(n, {"trained": [0.1 + n, 0.2 + n, 0.3 + n, 0.4 + n]}) for n in (0, 2, 1))
+    little, much = (torch.tensor(best["scores"]["trained"]) - fall + torch.tensor([0.01, -0.01, 0.01, -0.01])
+                    for fall in (0.005, 0.1))  # fmt: skip
+    assert _fallen({"trained": little}, [first, best, later]) == []
+    with pytest.warns(RuntimeWarning, match="trained, fell from what it was after update 2"):
+        assert _fallen({"trained": much}, [first, best, later]) == ["trained"]
 
 
 def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
@@ -187,7 +204,8 @@ def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Gallery, "evaluate", told)
     monkeypatch.setattr(TrainingState, "begin", classmethod(begun))
-    run(Draft(), tmp_path, updates=6)
+    with pytest.warns(RuntimeWarning, match="trained, fell from what it was after update"):
+        run(Draft(), tmp_path, updates=6)
     assert json.loads((tmp_path / "train.json").read_text())["best_update"] == 2
     kept, last = lora_of(tmp_path / "best"), lora_of(tmp_path)
     assert_equal(kept, {f"transformer.{n.replace('.default', '')}": tensor for n, tensor in sampled[1].items()})

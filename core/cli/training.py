@@ -46,7 +46,7 @@ def train_and_print(
         })  # fmt: skip
         return
     first, best, last = record.evaluations[0], record.best, record.evaluations[-1]
-    columns = {"before": first, f"after {record.updates} updates": last}
+    columns: dict[str, Mapping[str, Any]] = {"before": first, f"after {record.updates} updates": last}
     if best is not last:
         columns[f"best, after {best['update']} (in {BEST})"] = best
     print_table(("reward", *columns), [
