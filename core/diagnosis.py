@@ -25,8 +25,7 @@ from .comparison import mean_stderr
 from .datasets import Judge
 from .errors import ConfigError, NonFiniteError
 from .estimators import Estimator
-from .examples import cache_key
-from .files import make_folder
+from .files import cache_key, make_folder
 from .gradients import Gradients, compare_gradients, per_latent
 from .joint import AnyReward, load_judge
 from .kernels import Ancestral, Kernel, Ode

@@ -6,7 +6,6 @@ where it stopped. Latents come from images, from the backbone's own samples, or 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -312,8 +311,3 @@ def _targets(reward: Reward, batch: CleanBatch) -> dict[str, Tensor]:
         targets["score"] = reward.score(output, condition).float()
         targets |= {f"{CONDITION}{key}": tensor.float() for key, tensor in condition.tensors.items()}
     return targets
-
-
-def cache_key(settings: Mapping[str, Any]) -> str:
-    """A folder name for these settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,11 @@ def output_errors(path: Path) -> Iterator[None]:
         raise OutputError(
             f"cannot write {str(path)!r}: {error.strerror or error}. Choose another output folder or free some space."
         ) from error
+
+
+def cache_key(settings: Mapping[str, Any]) -> str:
+    """A folder name for these settings, JSON-able: the same for the same ones, in whatever order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_folder(path: str | Path) -> Path:

@@ -21,8 +21,7 @@ from .backbone import Backbone
 from .costs import Clock, CostMeter
 from .errors import StitchError
 from .evaluation import SIGMAS
-from .examples import cache_key
-from .files import make_folder, read_json, write_json, write_text
+from .files import cache_key, make_folder, read_json, write_json, write_text
 from .finetune import FinetuneSettings
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .matrix_report import assemble, write_matrix

@@ -24,8 +24,7 @@ from .alignment_result import AlignResult
 from .backbone import Backbone
 from .datasets import judges_of
 from .errors import ConfigError, StitchError
-from .examples import cache_key
-from .files import make_folder, write_json, write_text
+from .files import cache_key, make_folder, write_json, write_text
 from .finetune import FinetuneSettings
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .metrics import metric_of

@@ -16,8 +16,8 @@ from .conditions import Condition, concatenate
 from .costs import CostMeter
 from .criteria import Criterion
 from .errors import ConfigError
-from .examples import Examples, GenerationSettings, build_examples, cache_key, from_images, from_samples
-from .files import make_folder
+from .examples import Examples, GenerationSettings, build_examples, from_images, from_samples
+from .files import cache_key, make_folder
 from .finetune import FinetuneSettings, finetune
 from .images import ImageSource, open_images
 from .joint import JointReward, checked_weights, load_rewards

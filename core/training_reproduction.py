@@ -22,8 +22,8 @@ from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
 from .datasets import judges_of
 from .errors import ConfigError, StitchError
-from .examples import GenerationSettings, cache_key
-from .files import make_folder, read_json, write_json, write_text
+from .examples import GenerationSettings
+from .files import cache_key, make_folder, read_json, write_json, write_text
 from .finetune import FinetuneSettings
 from .joint import JointReward
 from .loading import load_backbone, load_dataset_plugin, load_reward

@@ -11,8 +11,8 @@ from typing import Any
 import attrs
 
 from .backbone import Backbone
-from .examples import GenerationSettings, cache_key
-from .files import read_json, write_json
+from .examples import GenerationSettings
+from .files import cache_key, read_json, write_json
 from .finetune import FinetuneSettings
 from .images import ImageSource, open_images
 from .joint import JointReward, load_rewards
