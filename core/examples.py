@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -150,36 +151,48 @@ class GenerationSettings:
 
 
 def from_samples(
-    backbone: Backbone, prompts: Sequence[str], count: int, resolution: int, batch: int, settings: GenerationSettings
-) -> Latents:
+    backbone: Backbone, prompts: Sequence[str], count: int, resolution: int, batch: int, settings: GenerationSettings,
+    tuned: Sequence[Backbone] = (),
+) -> Latents:  # fmt: skip
     """The backbone's own samples; example ``n`` has prompt ``n mod len(prompts)`` and a seed of its own.
 
-    Samples of the null prompt, ``""``, were drawn for nothing that a reward could compare them with.
+    With ``tuned`` networks over the backbone it and they take turns, from prompt to prompt and from one sample of a
+    prompt to the next. Samples of the null prompt, ``""``, were drawn for nothing that a reward could compare them
+    with.
     """
     side = resolution // backbone.latent_factor
     sigmas = backbone.sigmas(settings.steps, (side, side))
-    kept = settings.kept_steps()
+    kept, samplers = settings.kept_steps(), (backbone, *tuned)
+
+    def drawn(sampler: Backbone, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        condition = sampler.encode_prompts([prompts[n % len(prompts)] for n in numbers]).to(backbone.device)
+        denoiser = Denoiser(sampler, condition, backbone.null_condition().to(backbone.device), settings.guidance_scale)
+        seeds = [stream_seed(settings.seed, n) for n in numbers]
+        noise = seeded_noise(seeds, (backbone.latent_channels, side, side), backbone.device)
+        passed: list[Tensor] = []
+
+        def keep(step: int, latents: Tensor, _: Prediction) -> None:
+            if step in kept:
+                passed.append(latents)
+
+        latents = sample(denoiser, noise, sigmas, callback=keep)
+        return latents, torch.stack(passed, 1) if kept else latents.new_empty(len(numbers), 0)
 
     def produce(start: int) -> Iterator[CleanBatch]:
-        null = backbone.null_condition().to(backbone.device)
         for first in range(start, count, batch):
             numbers = range(first, min(first + batch, count))
-            asked = tuple(prompts[n % len(prompts)] for n in numbers)
-            condition = backbone.encode_prompts(list(asked)).to(backbone.device)
-            denoiser = Denoiser(backbone, condition, null, settings.guidance_scale)
-            seeds = [stream_seed(settings.seed, n) for n in numbers]
-            noise = seeded_noise(seeds, (backbone.latent_channels, side, side), backbone.device)
-            passed: list[Tensor] = []
-
-            def keep(step: int, latents: Tensor, _: Prediction, passed: list[Tensor] = passed) -> None:
-                if step in kept:
-                    passed.append(latents)
-
-            latents = sample(denoiser, noise, sigmas, callback=keep)
+            turns = [sum(divmod(n, len(prompts))) % len(samplers) for n in numbers]
+            order = sorted(range(len(numbers)), key=turns.__getitem__)
+            parts = [drawn(samplers[turn], [numbers[row] for row in rows])
+                     for turn, rows in groupby(order, key=turns.__getitem__)]  # fmt: skip
+            back = torch.argsort(torch.tensor(order)).to(backbone.device)
+            latents, passed = (torch.cat(column)[back] for column in zip(*parts, strict=True))
             images = backbone.decode_latents(latents).clamp(0, 1)
-            states = States(torch.stack(passed, 1), sigmas[list(kept)]) if kept else None
-            if all(asked):
-                yield CleanBatch(latents, images, asked, torch.tensor([n % len(prompts) for n in numbers]), states)
+            states = States(passed, sigmas[list(kept)]) if kept else None
+            asked = [n % len(prompts) for n in numbers]
+            if all(prompts[number] for number in asked):
+                named = tuple(prompts[number] for number in asked)
+                yield CleanBatch(latents, images, named, torch.tensor(asked), states)
             else:
                 yield CleanBatch(latents, images, states=states)
 

@@ -22,6 +22,7 @@ from .finetune import FinetuneSettings, finetune
 from .images import ImageSource, open_images
 from .joint import JointReward, checked_weights, load_rewards
 from .loading import load_backbone, name_of
+from .policy import with_lora
 from .provenance import network_identity, weights_digest
 from .reward import Reward
 from .searching import JointSearch, SearchResult, search_jointly
@@ -41,7 +42,9 @@ class StitchSettings:
     one, from the same pass (where they come before it); ``count`` real images and ``samples`` generated ones feed stage
     2; ``resolution`` in image pixels (default the backbone's own). ``conditioning`` is what the head reads of samples:
     ``null``, the null prompt alone (the paper), or ``prompt``, the one a latent is being denoised for, so that the
-    value is ``E[r | z_t, prompt]``; None leaves it to the recipe's ``prompted``.
+    value is ``E[r | z_t, prompt]``; None leaves it to the recipe's ``prompted``. With ``loras``, folders or files of
+    diffusers, the samples are drawn in turn by the backbone alone and under each of them: a training against the value
+    moves the sampler, and what the value says of where it moved has to be learned there.
     """
 
     interface: tuple[int, ...] | None = None
@@ -58,6 +61,7 @@ class StitchSettings:
     conditioning: Literal["null", "prompt"] | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.in_(("null", "prompt")))
     )
+    loras: tuple[str | Path, ...] = ()
     batch: int = attrs.field(default=32, validator=attrs.validators.gt(0))
     seed: int = 0
 
@@ -106,6 +110,9 @@ def stitch(
         weights = reward.weights
     if weights is not None:
         weights = checked_weights(tuple(rewards), weights)
+    if chosen.loras and recipe.generated == 0:
+        raise ConfigError("loras take turns in drawing samples, but the recipe takes none; set generated above 0.")
+    tuned = tuple(with_lora(backbone, each) for each in chosen.loras)
     with CostMeter() as cost:
         if start_from is None:
             found = _known(searched, rewards) or run_search(backbone, rewards, source, chosen, progress)
@@ -115,8 +122,10 @@ def stitch(
         value.prompted = recipe.prompted > 0
         # before hours of sampling, should any be missing
         read = _encoded(backbone, prompts) if value.prompted else None
-        real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress)
+        real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress, tuned)
         run = _run_identity(value, recipe, source, chosen)
+        if generated is not None:
+            run["samples"] = generated.folder.name
         if start_from is not None:
             run |= {"start_from": weights_digest(value.branches)}
         checkpoint = work / f"finetune-{cache_key(run)}"
@@ -130,7 +139,7 @@ def stitch(
         metrics={"final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 6), "skipped_images": len(source.skipped)},
         cost=cost.report(),
         seed=recipe.seed,
-        examples=_learned_from(real, generated, _generation(recipe, chosen)),
+        examples=_learned_from(real, generated, _generation(recipe, chosen), tuned),
     )
     if folder is not None:
         value.save_pretrained(folder)
@@ -144,11 +153,18 @@ def _generation(recipe: FinetuneSettings, settings: StitchSettings) -> Generatio
 
 
 def _learned_from(
-    real: Examples | None, generated: Examples | None, generation: GenerationSettings
+    real: Examples | None, generated: Examples | None, generation: GenerationSettings, tuned: Sequence[Backbone]
 ) -> dict[str, Any]:
     """How many pictures and samples, and how the samples were drawn; JSON-able."""
     found: dict[str, Any] = {} if real is None else {"images": len(real)}
-    return found if generated is None else {**found, "samples": len(generated), "drawn by": attrs.asdict(generation)}
+    if generated is None:
+        return found
+    return {**found, "samples": len(generated), "drawn by": {**attrs.asdict(generation), **_digests(tuned)}}
+
+
+def _digests(tuned: Sequence[Backbone]) -> dict[str, Any]:
+    """Which networks drew beside the backbone, if any did."""
+    return {"tuned": [weights_digest(each.net) for each in tuned]} if tuned else {}
 
 
 def _settings(given: dict[str, Any]) -> StitchSettings:
@@ -322,8 +338,10 @@ def training_examples(
     settings: StitchSettings,
     work: Path,
     progress: bool = True,
+    tuned: Sequence[Backbone] = (),
 ) -> tuple[Examples | None, Examples | None]:
-    """The caches of real and generated examples that the recipe's mix needs, with the targets of all rewards."""
+    """The caches of real and generated examples that the recipe's mix needs, with the targets of all rewards; the
+    ``tuned`` networks draw too."""
     side = settings.resolution or backbone.native_resolution
     judges = _one_or_all([network_identity(reward) for reward in rewards.values()])
     pair = {"backbone": network_identity(backbone), "reward": judges, "resolution": side}
@@ -347,8 +365,8 @@ def training_examples(
         asked = list(prompts) if prompts is not None else [""]
         generation = _generation(recipe, settings)
         key = {**pair, "prompts": cache_key({"prompts": asked}), "count": settings.samples,
-               "generation": attrs.asdict(generation), "scored": True, **kept}  # fmt: skip
-        drawn = from_samples(backbone, asked, settings.samples, side, settings.batch, generation)
+               "generation": attrs.asdict(generation), "scored": True, **kept, **_digests(tuned)}  # fmt: skip
+        drawn = from_samples(backbone, asked, settings.samples, side, settings.batch, generation, tuned)
         generated = build_examples(
             work / f"samples-{cache_key(key)}",
             drawn,

@@ -11,9 +11,11 @@ import torch
 from analytic import GaussianBackbone, LinearReward
 from families import clip, mmdit
 from stitchvm import core
-from stitchvm.core.examples import GenerationSettings
+from stitchvm.core.examples import CleanBatch, GenerationSettings, from_samples
 from stitchvm.core.finetune import FinetuneSettings
 from test_finetune import gaussian_images
+from test_policy import moved
+from training_worlds import LORA
 
 
 def test_conditioning_says_what_the_head_reads_whatever_the_recipe() -> None:
@@ -62,3 +64,53 @@ def test_each_finetune_has_its_own_precision_in_one_process() -> None:
     assert losses["no"] == losses["again"] and len(set(losses.values())) == 3
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
     assert losses["fp16"] == pytest.approx(losses["no"], rel=0.05)
+
+
+def drawn(prompts: list[str], samplers: list[core.Backbone], start: int = 0) -> CleanBatch:
+    """The samples from number ``start`` on, of 14."""
+    settings = GenerationSettings(steps=2, states=2)
+    batches = list(from_samples(samplers[0], prompts, 14, 16, 5, settings, samplers[1:])(start))
+    states = [batch.states for batch in batches if batch.states is not None]
+    return CleanBatch(
+        torch.cat([batch.latents for batch in batches]), torch.cat([batch.images for batch in batches]),
+        tuple(prompt for batch in batches for prompt in batch.prompts or ()), None,
+        core.examples.States(torch.cat([each.latents for each in states]), states[0].sigmas),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prompts", [["a", "b"], ["a", "b", "c"]], ids=["even", "odd"])
+def test_tuned_networks_take_turns_with_the_backbone(prompts: list[str], tmp_path: Path) -> None:
+    """From prompt to prompt and within each, every sample as the network that has its turn draws it alone."""
+    backbone = mmdit()
+    tuned = core.with_lora(backbone, moved(core.Policy.of(backbone, LORA)).save(tmp_path))
+    alone = [drawn(prompts, [network]) for network in (backbone, tuned)]
+    mixed, later = drawn(prompts, [backbone, tuned]), drawn(prompts, [backbone, tuned], start=4)
+    turns = [(n % len(prompts) + n // len(prompts)) % 2 for n in range(14)]
+    assert mixed.states is not None and mixed.prompts == alone[0].prompts
+    for n, turn in enumerate(turns):
+        for part in ("latents", "images"):
+            ours, theirs, other = (getattr(batch, part)[n] for batch in (mixed, alone[turn], alone[1 - turn]))
+            torch.testing.assert_close(ours, theirs)
+            assert not torch.allclose(ours, other, atol=1e-3)
+        torch.testing.assert_close(mixed.states.latents[n], alone[turn].states.latents[n])  # type: ignore[union-attr]
+    torch.testing.assert_close(later.latents, mixed.latents[4:])
+    for number in range(len(prompts)):
+        assert {turns[n] for n in range(14) if n % len(prompts) == number} == {0, 1}
+
+
+def test_samples_of_loras_are_examples_of_their_own(tmp_path: Path) -> None:
+    backbone = mmdit()
+    lora = moved(core.Policy.of(backbone, LORA)).save(tmp_path / "lora")
+    recipe = FinetuneSettings(generated=0.5, steps=1, batch_size=2)
+    given: dict[str, Any] = {"images": torch.rand(4, 3, 16, 16), "interface": (1, 1), "samples": 4, "recipe": recipe,
+                             "generation": GenerationSettings(steps=2), "progress": False}  # fmt: skip
+    plain, mixed = (
+        core.stitch(backbone, clip(), prompts=["a"], work=tmp_path / "work", loras=loras, **given).provenance.examples
+        for loras in ((), (lora,))
+    )
+    assert "tuned" not in plain["drawn by"] and len(mixed["drawn by"]["tuned"]) == 1
+    assert len(list((tmp_path / "work").glob("samples-*"))) == len(list((tmp_path / "work").glob("finetune-*"))) == 2
+    with pytest.raises(core.ConfigError, match="loras take turns in drawing samples, but the recipe takes none"):
+        core.stitch(backbone, clip(), loras=(lora,), **(given | {"recipe": FinetuneSettings()}))
+    with pytest.raises(core.WeightsError, match="holds no LoRA"):
+        core.stitch(backbone, clip(), prompts=["a"], loras=(tmp_path / "nowhere",), **given)

@@ -48,6 +48,10 @@ def command(
         str | None,
         typer.Option(metavar="SRC", help="What they are drawn for: a dataset or a text file (default: no prompt)."),
     ] = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A LoRA that takes turns with the backbone in drawing them; may be repeated."),
+    ] = None,
     conditioning: Annotated[
         str | None, typer.Option(metavar="null|prompt", help=f"What the head reads of samples {_SAME}.")
     ] = None,
@@ -88,7 +92,8 @@ def command(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples,
         generation=GenerationSettings(sampling_steps, guidance_scale), seed=settings.seed, conditioning=conditioning,
-        start_from=start_from, **_where(interface, vae, cuts, blocks, start_from), **_given(searching),
+        start_from=start_from, loras=tuple(lora or ()), **_where(interface, vae, cuts, blocks, start_from),
+        **_given(searching),
     )  # fmt: skip
     warn_skipped(source)
     report = _report(value, out)
