@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from analytic import GaussianBackbone, LinearReward, QuadraticReward
 from families import write_clip
 from pipelines import write_pipeline
+from stitchvm import core
 from stitchvm.core import CostMeter, MonteCarlo, NonFiniteError, Ode, Sde, Tweedie, diagnosis_report, registry
+from stitchvm.core.finetune import FinetuneSettings
+from test_policy import moved
 from toy_world import DATASET
+from training_worlds import LORA
 
 QUIET = {"guidance_scale": 1.0, "progress": False}
 
@@ -139,11 +145,16 @@ path = "clip"
 """
 
 
+def register_pair(folder: Path, more: str = "") -> None:
+    """``tiny-sd3`` and ``tiny-clip``, written to ``folder``, with ``more`` lines of the registry."""
+    write_pipeline(folder / "pipeline")
+    write_clip(folder / "clip")
+    (folder / "names.toml").write_text(NAMES + more)
+    registry().add(folder / "names.toml")
+
+
 def test_the_command_measures_values_beside_the_others(run, tmp_path):
-    write_pipeline(tmp_path / "pipeline")
-    write_clip(tmp_path / "clip")
-    (tmp_path / "names.toml").write_text(NAMES)
-    registry().add(tmp_path / "names.toml")
+    register_pair(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     images = tmp_path / "images"
     images.mkdir()
@@ -172,11 +183,34 @@ def test_the_command_measures_values_beside_the_others(run, tmp_path):
         assert words in out
 
 
+def test_the_samples_of_a_lora_are_read_by_the_heads_of_the_plain_backbone(run, tmp_path):
+    register_pair(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    backbone, clip = core.load_backbone("tiny-sd3"), core.load_reward("tiny-clip")
+    value = core.stitch(backbone, clip, images=torch.rand(8, 3, 16, 16), out=tmp_path / "value", progress=False,
+                        interface=(1, 1), probes=4, recipe=FinetuneSettings(steps=1, batch_size=4))  # fmt: skip
+    policy = moved(core.Policy.of(backbone, LORA), 0.3)
+    policy.save(tmp_path / "lora")
+    call = ("diagnose", "tiny-sd3", "--value", tmp_path / "value", "--prompts", tmp_path / "prompts.txt", "--seeds", 3,
+            "--steps", 2, "--sigmas", "0.9", "--estimators", "stitched", "--kernel", "ode", "--no-gradients",
+            "--json", "--out", tmp_path / "out")  # fmt: skip
+    reports = []
+    for options in ((), ("--lora", tmp_path / "lora")):
+        code, out, err = run(*call, *options)
+        assert code == 0, err
+        reports.append(json.loads(out)["kernels"]["ode"])
+    exact = core.diagnose(
+        policy.backbone, {"stitched": core.Stitched(value)}, clip, ["a cat", "a dog"], seeds=3, steps=2, sigmas=(0.9,),
+        gradients=False, progress=False,
+    ).report()  # fmt: skip
+    plain, tuned = (report["estimators"]["stitched"]["bias"] for report in reports)
+    assert tuned == pytest.approx(exact["estimators"]["stitched"]["bias"], abs=1e-5)
+    assert plain != pytest.approx(tuned, abs=1e-4)
+    assert reports[0]["settings"]["backbone"]["weights"] != reports[1]["settings"]["backbone"]["weights"]
+
+
 def test_the_detector_of_a_dataset_is_foreseen_too(run, install, tmp_path):
-    write_pipeline(tmp_path / "pipeline")
-    write_clip(tmp_path / "clip")
-    (tmp_path / "names.toml").write_text(NAMES + '[datasets.toy]\nload = "toy_data:Toy"\n')
-    registry().add(tmp_path / "names.toml")
+    register_pair(tmp_path, '[datasets.toy]\nload = "toy_data:Toy"\n')
     install("toy-data", {"toy_data": DATASET})
     code, out, err = run("diagnose", "tiny-sd3", "--reward", "tiny-clip", "--prompts", "toy", "--count", 3,
                          "--seeds", 4, "--steps", 2, "--sigmas", "0.9", "--estimators", "tweedie", "--kernel", "ode",

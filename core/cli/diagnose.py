@@ -33,6 +33,9 @@ def command(
         list[Path] | None, typer.Option(metavar="DIR", help="A value model to measure; may be repeated.")
     ] = None,
     reward: Annotated[str | None, typer.Option(help="What is estimated (default: the value model's own).")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A LoRA to draw the samples with; values keep their own heads.")
+    ] = None,
     count: Annotated[int | None, typer.Option(help="How many prompts (default: the whole file).")] = None,
     seeds: Annotated[int, typer.Option(help="Samples a prompt.")] = 12,
     kernel: Annotated[str, typer.Option(help="How samples are drawn: ode, sde, both, ancestral or cps.")] = "both",
@@ -64,6 +67,7 @@ def command(
     from ..diagnosis_report import run_diagnosis
     from ..kernels import KERNELS
     from ..loading import load_backbone
+    from ..policy import with_lora
     from ..prompts import judges_of_prompts, open_prompts
 
     if kernel != "both" and kernel not in KERNELS:
@@ -73,10 +77,11 @@ def command(
         raise ConfigError(f"--rollout-kernel is {rollout_kernel!r}; choose one with noise: {noisy}.")
     wanted, drawn = _wanted(estimators, value or []), KERNELS[rollout_kernel]()
     network = load_backbone(backbone)
+    sampled = network if lora is None else with_lora(network, lora)
     models = _values(value or [], network)
     judge = _judge(reward, models)
     report = run_diagnosis(
-        network, _estimators(wanted, models, judge, rollout_steps, drawn), judge,
+        sampled, _estimators(wanted, models, judge, rollout_steps, drawn), judge,
         open_prompts(prompts, count, split="test"), out, rollout_kernel=drawn, batch=batch,
         judges=judges_of_prompts(prompts), seeds=seeds, steps=steps,
         kernels={name: KERNELS[name]() for name in (BOTH if kernel == "both" else (kernel,))},
