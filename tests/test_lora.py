@@ -64,6 +64,34 @@ def test_samples_are_the_policys(tmp_path):
     assert told["weights"] != plain.settings["backbone"]["weights"]
 
 
+def test_diffusers_can_hand_the_last_steps_back(tmp_path):
+    """What a training that stopped early never saw is then sampled by the plain network, as the guide says."""
+    write_pipeline(tmp_path / "pipe")
+    pipe = open_pipeline(tmp_path / "pipe")
+    backbone = core.backbone_from(pipe, name=pipeline_record(tmp_path / "pipe"), max_sequence_length=8)
+    moved(Policy.of(backbone, LORA), 0.3).save(tmp_path / "lora")
+    tuned, condition = with_lora(backbone, tmp_path / "lora"), backbone.encode_prompts(["abc"])
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    sigmas = backbone.sigmas(3, (8, 8))
+    halves = ((tuned, sigmas[:3]), (backbone, sigmas[2:]))
+    expected = noise
+    for network, steps in halves:
+        expected = core.sample(core.Denoiser(network, condition, backbone.null_condition()), expected, steps)
+
+    def hand_back(pipe, step, timestep, inputs):
+        if step + 1 == 2:
+            pipe.disable_lora()
+        return inputs
+
+    pipe.load_lora_weights(tmp_path / "lora")
+    call = {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 16, "width": 16, "max_sequence_length": 8,
+            "output_type": "latent", "latents": noise}  # fmt: skip
+    whole = pipe("abc", **call).images
+    found = pipe("abc", **call, callback_on_step_end=hand_back).images
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, whole, atol=1e-2)
+
+
 @pytest.mark.parametrize("method", ["dps", "fk-steering"])
 def test_the_values_head_reads_the_backbone_without_it(method, tmp_path):
     """So nothing that it begins is finished by a network with other numbers."""
