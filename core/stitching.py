@@ -92,7 +92,7 @@ def stitch(
     finetuned further in place of a search and its closed form. ``settings`` are the fields of :class:`StitchSettings`.
 
     Raises ``UnknownNameError``, ``ConfigError``, ``DataError``, ``WeightsError``, ``ArtefactError``, ``OutputError``,
-    ``NonFiniteError``, each saying what to do.
+    ``NonFiniteError``, and ``PluginLoadError`` for ``loras`` without peft, each saying what to do.
     """
     chosen = _settings(settings)
     _chosen_once(searched, start_from, settings)

@@ -12,10 +12,12 @@ import torch
 from families import write_clip
 from pipelines import write_pipeline
 from results import summary
-from stitchvm.core import ConfigError, StitchedValue, registry
+from stitchvm.core import ConfigError, Policy, StitchedValue, load_backbone, registry
 from stitchvm.core.cli.options import levels, numbers
 from stitchvm.core.cli.stitch import read_recipe
 from stitchvm.core.recipes import recipe
+from test_policy import moved
+from training_worlds import LORA
 
 DATASET = """
 import torch
@@ -194,6 +196,16 @@ def test_a_value_model_is_finetuned_further(run, tmp_path, monkeypatch):
     assert code == 2 and "is a value model of tiny-clip, tiny-other, but tiny-clip is asked for" in err
 
 
+def test_stitch_learns_from_samples_of_loras_too(run, networks, tmp_path):
+    policy = moved(Policy.of(load_backbone("tiny-sd3"), LORA))
+    loras = [option for name in ("a", "b") for option in ("--lora", policy.save(tmp_path / name))]
+    code, _, err = run("stitch", *PAIR, "--out", tmp_path / "value", *SHORT, "--count", 8, "--generated", 0.5,
+                       "--samples", 4, "--prompts", "noise", "--sampling-steps", 2, *loras)  # fmt: skip
+    assert code == 0, err
+    drawn = json.loads((tmp_path / "value" / "config.json").read_text())["examples"]["drawn by"]
+    assert len(drawn["tuned"]) == 2
+
+
 def test_skipped_images_are_named(run, tmp_path):
     from PIL import Image
 
@@ -222,6 +234,8 @@ def test_skipped_images_are_named(run, tmp_path):
         (("stitch", *PAIR, "--out", "OUT", "--weights", "much"), "write numbers, such as 1,0.5"),
         (("stitch", "tiny-sd3", "tiny-clip,", "--images", "noise", "--out", "OUT"), "write one name, or several"),
         (("stitch", "tiny-sd3", "tiny-clip,tiny-clip", "--images", "noise", "--out", "OUT"), "given twice"),
+        (("stitch", *PAIR, "--out", "OUT", "--generated", "0.5", "--lora", "nowhere"), "'nowhere' holds no LoRA"),
+        (("stitch", *PAIR, "--out", "OUT", "--lora", "nowhere"), "the recipe takes none; set generated above 0"),
         (("stitch", *PAIR, "--out", "OUT", "--interface", "1,1", "--vae"), "give one of them"),
         (("stitch", *PAIR, "--out", "OUT", "--cuts", "1", "--start-from", "x"), "give one of them"),
         (("stitch", *PAIR, "--out", "OUT", "--taps", "1", "--start-from", "x"), "stitch takes taps from start_from"),
