@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .backbone import Backbone
+from .conditions import Condition
 from .errors import ArtefactError, DataError
 from .files import make_folder, read_json, write_json, write_tensors
 from .images import ImageSource
@@ -164,9 +165,9 @@ def from_samples(
     sigmas = backbone.sigmas(settings.steps, (side, side))
     kept, samplers = settings.kept_steps(), (backbone, *tuned)
 
-    def drawn(sampler: Backbone, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def drawn(sampler: Backbone, null: Condition, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         condition = sampler.encode_prompts([prompts[n % len(prompts)] for n in numbers]).to(backbone.device)
-        denoiser = Denoiser(sampler, condition, backbone.null_condition().to(backbone.device), settings.guidance_scale)
+        denoiser = Denoiser(sampler, condition, null, settings.guidance_scale)
         seeds = [stream_seed(settings.seed, n) for n in numbers]
         noise = seeded_noise(seeds, (backbone.latent_channels, side, side), backbone.device)
         passed: list[Tensor] = []
@@ -179,20 +180,20 @@ def from_samples(
         return latents, torch.stack(passed, 1) if kept else latents.new_empty(len(numbers), 0)
 
     def produce(start: int) -> Iterator[CleanBatch]:
+        null = backbone.null_condition().to(backbone.device)
         for first in range(start, count, batch):
             numbers = range(first, min(first + batch, count))
             turns = [sum(divmod(n, len(prompts))) % len(samplers) for n in numbers]
             order = sorted(range(len(numbers)), key=turns.__getitem__)
-            parts = [drawn(samplers[turn], [numbers[row] for row in rows])
+            parts = [drawn(samplers[turn], null, [numbers[row] for row in rows])
                      for turn, rows in groupby(order, key=turns.__getitem__)]  # fmt: skip
             back = torch.argsort(torch.tensor(order)).to(backbone.device)
             latents, passed = (torch.cat(column)[back] for column in zip(*parts, strict=True))
             images = backbone.decode_latents(latents).clamp(0, 1)
             states = States(passed, sigmas[list(kept)]) if kept else None
-            asked = [n % len(prompts) for n in numbers]
-            if all(prompts[number] for number in asked):
-                named = tuple(prompts[number] for number in asked)
-                yield CleanBatch(latents, images, named, torch.tensor(asked), states)
+            asked = tuple(prompts[n % len(prompts)] for n in numbers)
+            if all(asked):
+                yield CleanBatch(latents, images, asked, torch.tensor([n % len(prompts) for n in numbers]), states)
             else:
                 yield CleanBatch(latents, images, states=states)
 
