@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
     from .evaluation import evaluate
+    from .finetune import FinetuneSettings
     from .hookspecs import hookimpl
     from .joint import JointReward
     from .kernels import KERNELS, Ancestral, Cps, Kernel, Ode, OnPath, Sde, Transition
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .policy import LoraSettings, Policy, with_lora
     from .problem import Aligner, AlignProblem, Look
     from .ranking import Ranking, rank_seeds
+    from .recipes import recipe
     from .records import SPEC_VERSION, AlignerRecord, BackboneRecord, DatasetRecord, Family, Hint, RewardRecord, Source
     from .registries import Registry, pairs, registry
     from .resampling import RESAMPLERS, effective_sample_size
@@ -100,6 +102,7 @@ _PUBLIC = {
     ),
     "estimators": ("Estimator", "Prompted", "Stitched", "Sum", "Tweedie", "clean_reward"),
     "evaluation": ("evaluate",),
+    "finetune": ("FinetuneSettings",),
     "hookspecs": ("hookimpl",),
     "joint": ("JointReward",),
     "kernels": ("KERNELS", "Ancestral", "Cps", "Kernel", "Ode", "OnPath", "Sde", "Transition"),
@@ -122,6 +125,7 @@ _PUBLIC = {
     "planning": ("Plan", "plan"),
     "problem": ("AlignProblem", "Aligner", "Look"),
     "ranking": ("Ranking", "rank_seeds"),
+    "recipes": ("recipe",),
     "records": (
         "SPEC_VERSION",
         "AlignerRecord",
@@ -177,6 +181,7 @@ __all__ = [
     "Experience",
     "Family",
     "FeatureInfo",
+    "FinetuneSettings",
     "FlowPath",
     "GuidanceCallback",
     "Head",
@@ -262,6 +267,7 @@ __all__ = [
     "pairs",
     "plan",
     "rank_seeds",
+    "recipe",
     "registry",
     "resolve_source",
     "sample",

@@ -32,7 +32,7 @@ from .progress import track
 from .provenance import network_identity, versions, weights_digest
 from .recipes import recipe as named_recipe
 from .reproduction_report import Expected, assemble, read_cell, write_report
-from .reproduction_tables import Pair, Row, Settings, Table, table_of
+from .reproduction_tables import PLAIN, Pair, Row, Settings, Table, known_rows, table_of
 from .reproduction_values import ValueModels, equivalents, misfit, pass_costs
 from .reward import Reward
 from .value import StitchedValue
@@ -47,6 +47,7 @@ def reproduce(
     *,
     backbones: Sequence[str] | None = None,
     rewards: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
     settings: Settings | None = None,
     values: str | Path | None = None,
     scale: Scale | None = None,
@@ -58,11 +59,11 @@ def reproduce(
 
     ``values`` is a folder of value models as ``matrix`` writes them; what is not there is stitched with ``recipe``
     (default: ``quick``, with the ``scale``'s steps and the seed) and kept in ``models/``. ``backbones`` and ``rewards``
-    restrict what is done and whose value models steer; the table shows every cell in ``out`` with these settings, and
-    is ``partial`` while any is missing. Writes ``cells/``, ``runs/`` (pictures and all particles) and, after every row,
-    ``TABLE.csv`` and ``TABLE.json``, after every pair ``TABLE.png`` too. A row that fails is listed under ``failed``,
-    its traceback lies beside the cells, and the others go on; one that makes no sense is listed under
-    ``not_applicable`` with the reason.
+    restrict what is done and whose value models steer, ``rows`` the rows by name (and the plain one, which gains are
+    paired with); the table shows every cell in ``out`` with these settings, and is ``partial`` while any is missing.
+    Writes ``cells/``, ``runs/`` (pictures and all particles) and, after every row, ``TABLE.csv`` and ``TABLE.json``,
+    after every pair ``TABLE.png`` too. A row that fails is listed under ``failed``, its traceback lies beside the
+    cells, and the others go on; one that makes no sense is listed under ``not_applicable`` with the reason.
 
     A damaged cell is done again from its run. Raises ``UnknownNameError``, :class:`ConfigError`, ``OutputError`` or
     ``WeightsError`` before or between rows.
@@ -83,7 +84,9 @@ def reproduce(
     job = _Job(folder, place, settings, dataset, judges, models, progress)
     expected = job.expected(chosen)
     sources = {backbone for backbone, _ in pairs}
-    todo = [e for e in expected if e.pair in pairs and (e.row.source or e.backbone) in sources]
+    asked = _asked(rows, table, expected)
+    todo = [e for e in expected
+            if e.pair in pairs and (e.row.source or e.backbone) in sources and e.row.name in asked]  # fmt: skip
     failed: dict[Path, str] = {}
     report = assemble(table, chosen, place, expected, job.shared(), failed, job.unfit)
     write_report(report, folder, pictures=not todo)
@@ -93,6 +96,11 @@ def reproduce(
         report = assemble(table, chosen, place, expected, job.shared(), failed, job.unfit)
         write_report(report, folder, pictures=following is None or following.pair != each.pair)
     return report
+
+
+def _asked(rows: Sequence[str] | None, table: str, expected: Sequence[Expected]) -> set[str]:
+    known = dict.fromkeys(e.row.name for e in expected)
+    return set(known) if rows is None else {PLAIN, *known_rows(rows, table, known)}
 
 
 @attrs.define(eq=False, slots=False)

@@ -7,7 +7,7 @@ A row is data: a method, what estimates its value, and settings of :func:`~stitc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -239,3 +239,11 @@ def table_of(name: str, settings: Settings) -> Table:
         known = ", ".join(table.further) or "none"
         raise ConfigError(f"{name} cannot show {', '.join(unknown)}; its further methods: {known}.")
     return table
+
+
+def known_rows(asked: Sequence[str], table: str, known: Iterable[str]) -> Sequence[str]:
+    """The names as asked for; :class:`ConfigError` for one that the table does not have."""
+    known = tuple(known)
+    if unknown := sorted(set(asked) - set(known)):
+        raise ConfigError(f"{table} has no row {', '.join(unknown)}; choose from {', '.join(known)}.")
+    return asked

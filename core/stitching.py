@@ -87,9 +87,10 @@ def stitch(
     ``weights`` (1 each by default). ``images`` is a folder, a dataset or tensors (:func:`open_images`). ``work`` keeps
     the search, the caches and the checkpoint, so that an interrupted call goes on where it stopped (default
     ``out/work``; without either, a temporary folder). ``prompts`` are what generated examples are drawn for (default:
-    the null prompt). ``searched`` is the result of an earlier :func:`search` or :func:`search_jointly`, whose
-    ``cuts``, ``blocks`` and ``taps`` hold. ``start_from`` is a value model of the same pair, whose layers and tails are
-    finetuned further in place of a search and its closed form. ``settings`` are the fields of :class:`StitchSettings`.
+    the null prompt). ``recipe`` is a named one (``core.recipe("full")``) or one of your own; the paper's by default.
+    ``searched`` is the result of an earlier :func:`search` or :func:`search_jointly`, whose ``cuts``, ``blocks`` and
+    ``taps`` hold. ``start_from`` is a value model of the same pair, whose layers and tails are finetuned further in
+    place of a search and its closed form. ``settings`` are the fields of :class:`StitchSettings`.
 
     Raises ``UnknownNameError``, ``ConfigError``, ``DataError``, ``WeightsError``, ``ArtefactError``, ``OutputError``,
     ``NonFiniteError``, and ``PluginLoadError`` for ``loras`` without peft, each saying what to do.

@@ -330,6 +330,15 @@ def test_a_failing_row_does_not_lose_the_others(world, models, run, tmp_path):
     assert len(list((tmp_path / "cells").glob("*.error.txt"))) == 3
 
 
+def test_rows_by_name_are_done_alone_beside_the_plain_one(world, models, run, tmp_path, aligned):
+    options = ("--rewards", "tiny-clip", "--values", models, "--rows", "best-of-2")
+    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, *options)
+    assert code == 0, err
+    assert "Partial: 2 of" in out and set(aligned) == {"sample", "best-of-n"}
+    found = by_row(json.loads((tmp_path / "table2.json").read_text()))
+    assert found["best-of-2"]["gains"]["tiny-clip"] is not None and set(found) == {"plain", "best-of-2"}
+
+
 def test_a_reward_that_compares_with_images_steers_nothing(world, tmp_path, aligned):
     report = small("table2", tmp_path, rewards=["tiny-dino"])
     assert not aligned and not report["rows"] and report["expected"] == 12
@@ -346,6 +355,7 @@ def test_a_reward_that_compares_with_images_steers_nothing(world, tmp_path, alig
         (("table1", "--world", "toy", "--normaliser", "rms"), "normaliser is 'rms'; choose one of raw"),
         (("table1", "--world", "toy", "--methods", "svdd"), "table1 cannot show svdd; its further methods: none"),
         (("table2", "--world", "toy", "--methods", "dps"), "its further methods: svdd, das"),
+        (("table2", "--world", "toy", "--rows", "plain,fk"), "table2 has no row fk; choose from plain, kernel"),
         (("table1", "--world", "toy", "--values", "nowhere"), "values is 'nowhere', which is not a folder"),
     ],
 )

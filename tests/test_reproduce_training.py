@@ -91,15 +91,16 @@ def test_samples_that_its_value_is_stitched_on_are_of_the_sampler_in_training(wo
 def test_the_command_says_what_became_of_the_rewards(world, run, tmp_path):  # noqa: F811
     settings = ("updates=1", "prompts=2", "samples=2", "steps=4", "evaluation_prompts=2", "seeds=[0]")
     sets = [argument for pair in settings for argument in ("--set", pair)]
-    code, out, errors = run("reproduce", "fig7", "--world", "toy", "--out", tmp_path, "--methods", "nft", *sets)
+    code, out, errors = run("reproduce", "fig7", "--world", "toy", "--out", tmp_path, "--rows", "nft", *sets)
     assert code == 0, errors
     assert "DiffusionNFT" in out and "Partial. Written to" in out
     assert json.loads((tmp_path / "fig7.json").read_text())["rows"][0]["seeds"] == [0]
 
 
 def test_options_that_a_training_would_ignore_are_refused(world, run, tmp_path):  # noqa: F811
-    code, _, errors = run("reproduce", "table3", "--world", "toy", "--out", tmp_path, "--prompts", 200, "--steps", 5)
-    assert code == 2 and "--prompts, --steps means nothing here: table3 trains" in errors
+    asked = ("--prompts", 200, "--steps", 5, "--methods", "nft")
+    code, _, errors = run("reproduce", "table3", "--world", "toy", "--out", tmp_path, *asked)
+    assert code == 2 and "--prompts, --steps, --methods means nothing here: table3 trains" in errors
     common = ("--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", "--reward", "tiny-clip")
     code, _, errors = run("align", "draft", "one", *common, "--batch", 64, "--no-reuse")
     assert code == 2 and "--batch, --reuse means nothing here: draft trains" in errors

@@ -15,7 +15,7 @@ from .training import train_and_compare
 
 _OF_SAMPLING = (
     "prompts", "steps", "guidance_scale", "seed", "batch", "particles", "proposals", "strength", "strengths_tweedie",
-    "strengths_stitched", "normaliser",
+    "strengths_stitched", "normaliser", "methods",
 )  # fmt: skip
 _OF_REWARD = "(default: by the reward's scale)"
 
@@ -57,8 +57,10 @@ def command(
     ] = None,
     normaliser: Annotated[str, typer.Option(help="Of the gradient: raw, norm, unit-rms, rms-ratio, epsilon.")] = "raw",
     methods: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Further rows: svdd,das of table2, dps of table6; of training: these alone."),
+        str | None, typer.Option(metavar="LIST", help="Further rows: svdd,das of table2, dps of table6.")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Only these, as named in the CSV, such as fk-stitched-n4-m2,nft.")
     ] = None,
     options: Annotated[
         list[str] | None,
@@ -88,12 +90,13 @@ def command(
     chosen: dict[str, Any] = {
         "backbones": None if backbones is None else names(backbones, "--backbones"),
         "rewards": None if rewards is None else names(rewards, "--rewards"),
+        "rows": None if rows is None else names(rows, "--rows"),
     }
     if table in TRAINING_TABLES:
         refuse_given(context, _OF_SAMPLING, f"{table} trains; give its own settings with --set, such as updates=100.")
         train_and_compare(
             table, world, out, options or (), as_json, stitching=scale, value=values,
-            recipe=read_recipe(recipe, {}), rows=None if methods is None else names(methods, "--methods"), **chosen,
+            recipe=read_recipe(recipe, {}), **chosen,
         )  # fmt: skip
         return
     from ..reproduction import reproduce
