@@ -65,7 +65,8 @@ def command(
     options: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE",
+            "--set",
+            metavar="KEY=VALUE",
             help="A setting of dps (table1) or fk-steering; of training: updates, samples, seeds ..; may be repeated.",
         ),
     ] = None,
