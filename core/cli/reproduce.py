@@ -94,7 +94,7 @@ def command(
         "rows": None if rows is None else names(rows, "--rows"),
     }
     if table in TRAINING_TABLES:
-        refuse_given(context, _OF_SAMPLING, f"{table} trains; give its own settings with --set, such as updates=100.")
+        refuse_given(context, _OF_SAMPLING, f"{table} trains; --set gives its settings (updates=100), --rows its rows.")
         train_and_compare(
             table, world, out, options or (), as_json, stitching=scale, value=values,
             recipe=read_recipe(recipe, {}), **chosen,
