@@ -32,7 +32,7 @@ from .progress import track
 from .provenance import network_identity, versions, weights_digest
 from .recipes import recipe as named_recipe
 from .reproduction_report import Expected, assemble, read_cell, write_report
-from .reproduction_tables import PLAIN, Pair, Row, Settings, Table, known_rows, table_of
+from .reproduction_tables import PLAIN, Pair, Row, Settings, Table, check_rows, table_of
 from .reproduction_values import ValueModels, equivalents, misfit, pass_costs
 from .reward import Reward
 from .value import StitchedValue
@@ -84,7 +84,9 @@ def reproduce(
     job = _Job(folder, place, settings, dataset, judges, models, progress)
     expected = job.expected(chosen)
     sources = {backbone for backbone, _ in pairs}
-    asked = _asked(rows, table, expected)
+    named = list(dict.fromkeys(e.row.name for e in expected))
+    check_rows(rows or (), table, named)
+    asked = named if rows is None else {PLAIN, *rows}
     todo = [e for e in expected
             if e.pair in pairs and (e.row.source or e.backbone) in sources and e.row.name in asked]  # fmt: skip
     failed: dict[Path, str] = {}
@@ -96,11 +98,6 @@ def reproduce(
         report = assemble(table, chosen, place, expected, job.shared(), failed, job.unfit)
         write_report(report, folder, pictures=following is None or following.pair != each.pair)
     return report
-
-
-def _asked(rows: Sequence[str] | None, table: str, expected: Sequence[Expected]) -> set[str]:
-    known = dict.fromkeys(e.row.name for e in expected)
-    return set(known) if rows is None else {PLAIN, *known_rows(rows, table, known)}
 
 
 @attrs.define(eq=False, slots=False)

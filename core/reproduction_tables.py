@@ -241,9 +241,7 @@ def table_of(name: str, settings: Settings) -> Table:
     return table
 
 
-def known_rows(asked: Sequence[str], table: str, known: Iterable[str]) -> Sequence[str]:
-    """The names as asked for; :class:`ConfigError` for one that the table does not have."""
-    known = tuple(known)
+def check_rows(asked: Iterable[str], table: str, known: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` for a name that is not one of the table's rows."""
     if unknown := sorted(set(asked) - set(known)):
         raise ConfigError(f"{table} has no row {', '.join(unknown)}; choose from {', '.join(known)}.")
-    return asked

@@ -30,7 +30,7 @@ from .loading import load_backbone, load_dataset_plugin, load_reward
 from .policy import LoraSettings
 from .provenance import versions
 from .recipes import recipe as named_recipe
-from .reproduction_tables import known_rows
+from .reproduction_tables import check_rows
 from .reproduction_values import found_in
 from .reward import Reward
 from .training import TrainSettings, train
@@ -76,7 +76,7 @@ def reproduce_training(
     scale, place = scale or TrainingScale(), World.of(world)
     title, make, against = TRAINING_TABLES[table]
     chosen = make(scale)
-    known_rows(rows or (), table, [row.name for row in chosen])
+    check_rows(rows or (), table, [row.name for row in chosen])
     names = list(dict.fromkeys(backbone for backbone, _ in place.chosen(backbones, rewards)))
     learned = attrs.evolve(recipe or named_recipe("quick"), steps=(stitching or Scale()).steps)
     # a value is that of one sampler: the training's own, which has no classifier-free guidance
