@@ -39,8 +39,9 @@ class StitchSettings:
 
     ``interface`` skips the choice (the map is still fitted): backbone cut ``i`` and a block ``j`` for each reward;
     ``cuts`` and ``blocks`` bound the search; ``taps`` are earlier backbone cuts that the layer reads beside the chosen
-    one, from the same pass (where they come before it); ``count`` real images and ``samples`` generated ones feed stage
-    2; ``resolution`` in image pixels (default the backbone's own). ``conditioning`` is what the head reads of samples:
+    one, from the same pass (where they come before it); ``count`` real images and ``samples`` generated ones, drawn as
+    ``generation`` says (by default from ``seed``), feed stage 2; ``resolution`` in image pixels (default the backbone's
+    own). ``conditioning`` is what the head reads of samples:
     ``null``, the null prompt alone (the paper), or ``prompt``, the one a latent is being denoised for, so that the
     value is ``E[r | z_t, prompt]``; None leaves it to the recipe's ``prompted``. With ``loras``, folders or files of
     diffusers, the samples are drawn in turn by the backbone alone and under each of them: a training against the value
@@ -56,7 +57,6 @@ class StitchSettings:
     positions: bool = False
     count: int | None = None
     samples: int = attrs.field(default=4096, validator=attrs.validators.gt(0))
-    generation: GenerationSettings = attrs.field(factory=GenerationSettings)
     resolution: int | None = None
     conditioning: Literal["null", "prompt"] | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.in_(("null", "prompt")))
@@ -64,6 +64,9 @@ class StitchSettings:
     loras: tuple[str | Path, ...] = ()
     batch: int = attrs.field(default=32, validator=attrs.validators.gt(0))
     seed: int = 0
+    generation: GenerationSettings = attrs.field(
+        default=attrs.Factory(lambda self: GenerationSettings(seed=self.seed), takes_self=True)
+    )
 
 
 def stitch(

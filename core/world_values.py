@@ -40,7 +40,9 @@ class WorldStitcher:
     recipe: FinetuneSettings
     seed: int
     progress: bool
-    generation: GenerationSettings = attrs.field(factory=GenerationSettings)
+    generation: GenerationSettings = attrs.field(
+        default=attrs.Factory(lambda self: GenerationSettings(seed=self.seed), takes_self=True)
+    )
     _drawn: dict[MetricKind, SkillData] = attrs.field(factory=dict)
 
     def settings(self, backbone: Backbone, reward: Reward | JointReward) -> dict[str, Any]:

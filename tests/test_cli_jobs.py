@@ -131,7 +131,7 @@ def test_stitch_evaluate_align_and_compare(run, tmp_path):
     assert code == 0, err
     (drawn,) = (value / "work").glob("samples-*/settings.json")
     drawing = json.loads(drawn.read_text())["generation"]
-    assert (drawing["steps"], drawing["guidance_scale"]) == (3, 1.0)
+    assert (drawing["steps"], drawing["guidance_scale"], drawing["seed"]) == (3, 1.0, 5)
     told = json.loads((value / "config.json").read_text())["examples"]
     assert (told["images"], told["samples"], told["drawn by"]) == (8, 4, drawing)
     assert "- samples: 4" in (value / "README.md").read_text()

@@ -31,6 +31,14 @@ def test_conditioning_says_what_the_head_reads_whatever_the_recipe() -> None:
         core.stitch(mmdit(), clip(), conditioning="caption", **given)
 
 
+def test_its_seed_is_that_of_the_samples_too() -> None:
+    sampled = FinetuneSettings(generated=0.5, steps=1, batch_size=2)
+    given: dict[str, Any] = {"images": torch.rand(4, 3, 16, 16), "interface": (1, 1), "samples": 4, "progress": False}
+    for seed in (0, 5):
+        value = core.stitch(mmdit(), clip(), recipe=sampled, prompts=["a"], seed=seed, **given)
+        assert value.provenance.examples["drawn by"]["seed"] == seed
+
+
 def test_a_prompted_recipe_without_prompts_fails_before_anything_is_drawn(tmp_path: Path) -> None:
     recipe = FinetuneSettings(generated=1.0, prompted=1.0)
     with pytest.raises(core.ConfigError, match="pass prompts"):

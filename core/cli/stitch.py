@@ -91,9 +91,9 @@ def command(
     value = stitch(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples,
-        generation=GenerationSettings(sampling_steps, guidance_scale), seed=settings.seed, conditioning=conditioning,
-        start_from=start_from, loras=tuple(lora or ()), **_where(interface, vae, cuts, blocks, start_from),
-        **_given(searching),
+        generation=GenerationSettings(sampling_steps, guidance_scale, settings.seed), seed=settings.seed,
+        conditioning=conditioning, start_from=start_from, loras=tuple(lora or ()),
+        **_where(interface, vae, cuts, blocks, start_from), **_given(searching),
     )  # fmt: skip
     warn_skipped(source)
     report = _report(value, out)
