@@ -16,13 +16,6 @@ from test_training_processes import start_two
 
 COUNT = 700
 """Three shards, the last not full."""
-SHARING = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import test_examples_processes as tests
-tests.made(Path(sys.argv[2]))
-"""
 
 
 def made(folder: Path, count: int | None = COUNT) -> tuple[Examples, list[int]]:
@@ -39,6 +32,10 @@ def made(folder: Path, count: int | None = COUNT) -> tuple[Examples, list[int]]:
     return found, starts
 
 
+def share(folder: Path) -> None:
+    made(folder)
+
+
 def assert_same(one: Examples, other: Examples) -> None:
     assert len(one) == len(other) == COUNT
     rows = list(range(COUNT))
@@ -48,7 +45,7 @@ def assert_same(one: Examples, other: Examples) -> None:
 
 def test_two_processes_make_what_one_makes_each_its_own_share(tmp_path: Path) -> None:
     whole, _ = made(tmp_path / "one")
-    assert [process.wait() for process in start_two(SHARING, tmp_path)] == [0, 0]
+    assert start_two(share, tmp_path).wait() == 0
     both, starts = made(tmp_path)
     assert_same(both, whole)
     assert starts == [] and [(tmp_path / f"starts-{rank}").read_text() for rank in (0, 1)] == ["[0]", "[256]"]

@@ -85,14 +85,14 @@ def test_a_tracker_gets_every_updates_figures_and_every_evaluation(tmp_path):
     assert [event.step for event in events.Scalars(name)] == [0, 2, 3]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_batch_changes_nothing_but_memory(batch, tmp_path):
-    for name, method in METHODS.items():
-        run(method, tmp_path / name / "whole", updates=2, batch=64)
-        run(method, tmp_path / name / "parts", updates=2, batch=batch)
-        whole, parts = (lora_of(tmp_path / name / which) for which in ("whole", "parts"))
-        for key, tensor in whole.items():
-            torch.testing.assert_close(parts[key], tensor, rtol=1e-3, atol=2e-4)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_batch_changes_nothing_but_memory(name, tmp_path):
+    for batch in (64, 1, 3):
+        run(METHODS[name], tmp_path / str(batch), updates=2, batch=batch)
+    whole = lora_of(tmp_path / "64")
+    for batch in (1, 3):
+        for key, tensor in lora_of(tmp_path / str(batch)).items():
+            torch.testing.assert_close(tensor, whole[key], rtol=1e-3, atol=2e-4)
 
 
 def test_checkpointing_gradients_changes_no_weight_and_bfloat16_runs(tmp_path):

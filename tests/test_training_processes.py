@@ -6,18 +6,21 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, distributed
 
 import families
 from stitchvm import core
 from stitchvm.core import LoraSettings
 from stitchvm.core.files import read_tensors
+from stitchvm.core.processes import join_group
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
 from test_training import METHODS, lora_of, run
 from training_worlds import Brightness
@@ -35,52 +38,54 @@ class Lost(Brightness):
         return value.masked_fill(value < -0.12, torch.nan)
 
 
-BEGINNING = """
-import sys
+TWO = """
+import os, sys
 sys.path.insert(0, sys.argv[1])
+from importlib import import_module
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import test_training_processes as tests
-folder = Path(sys.argv[2])
-"""
-SHARING = BEGINNING + """
-for name, method in tests.METHODS.items():
-    tests.run(method, folder / name, updates=2)
-"""
-SHARDING = BEGINNING + """
-tests.run(tests.SHARDED, folder, updates=2, value=tests.Lost(), shard=True, **tests.WHOLE)
-result = tests.run(tests.SHARDED, folder, updates=4, value=tests.Lost(), shard=True, **tests.WHOLE)
-parameters = result.policy.parameters
-held = sum(parameter.to_local().numel() for parameter in parameters.values())
-whole = sum(parameter.numel() for parameter in parameters.values())
-assert 0.45 * whole < held < 0.55 * whole, (held, whole)
-"""
-LEAVING = """
-import time
-import torch
-from torch import distributed
-from stitchvm.core.processes import join_group
-number = join_group(torch.device("cpu")).process_index
-time.sleep(2 * number)
-work = distributed.all_reduce(torch.ones(1), async_op=True)
-if number:
-    work.wait()
+run = getattr(import_module(sys.argv[2]), sys.argv[3])
+other = os.fork()  # after the imports, which take longer than what is run
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
+run(Path(sys.argv[4]))
+if other:
+    sys.exit(os.waitpid(other, 0)[1] != 0)
 """
 
 
-def start_two(script: str, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Two processes of one group (gloo), as a launcher starts them."""
+def start_two(function: Callable[[Path], None], folder: Path) -> subprocess.Popen[bytes]:
+    """Two processes of one group (gloo), as a launcher starts them, that run a test module's ``function(folder)``; the
+    exit code is 0 where both end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    here = str(Path(__file__).parent)
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    return [
-        subprocess.Popen([sys.executable, "-c", script, here, str(folder)],
-                         env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    here = str(Path(__file__).parent)
+    arguments = [here, function.__module__, function.__name__, str(folder)]
+    return subprocess.Popen([sys.executable, "-c", TWO, *arguments], env={**os.environ, **common})
+
+
+def share(folder: Path) -> None:
+    for name, method in METHODS.items():
+        run(method, folder / name, updates=2)
+
+
+def shard(folder: Path) -> None:
+    run(SHARDED, folder, updates=2, value=Lost(), shard=True, **WHOLE)
+    result = run(SHARDED, folder, updates=4, value=Lost(), shard=True, **WHOLE)
+    parameters: dict[str, Any] = result.policy.parameters
+    held = sum(parameter.to_local().numel() for parameter in parameters.values())
+    whole = sum(parameter.numel() for parameter in parameters.values())
+    assert 0.45 * whole < held < 0.55 * whole, (held, whole)
+
+
+def leave(folder: Path) -> None:
+    number = join_group(torch.device("cpu")).process_index
+    time.sleep(2 * number)
+    work: Any = distributed.all_reduce(torch.ones(1), async_op=True)
+    if number:
+        work.wait()
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], begin: dict[str, Tensor]) -> None:
@@ -93,10 +98,10 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], begin: dict
 
 
 def test_two_processes_give_the_single_ones_result(tmp_path):
-    both = start_two(SHARING, tmp_path / "two")
+    both = start_two(share, tmp_path / "two")
     for name, method in METHODS.items():
         run(method, tmp_path / "one" / name, updates=2)
-    assert [process.wait() for process in both] == [0, 0]
+    assert both.wait() == 0
     policy = core.Policy.of(families.mmdit(), LoraSettings(rank=2, alpha=4))
     begin = {f"transformer.{n.replace('.default', '')}": p for n, p in policy.tensors().items()}
     for name in METHODS:
@@ -106,10 +111,10 @@ def test_two_processes_give_the_single_ones_result(tmp_path):
 def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tmp_path):
     """Each process holds half of the numbers; the checkpoint and what diffusers loads hold all of them. The processes
     need not have equally many batches."""
-    both = start_two(SHARDING, tmp_path / "two")
+    both = start_two(shard, tmp_path / "two")
     with pytest.warns(RuntimeWarning, match="2 of 6 samples have no finite value and are dropped"):
         run(SHARDED, tmp_path / "one", updates=4, value=Lost(), **WHOLE)
-    assert [process.wait() for process in both] == [0, 0]
+    assert both.wait() == 0
     one, two = (read_tensors(tmp_path / which / "state.safetensors") for which in ("one", "two"))
     begin = {f"{part}.{n}": p for part in ("policy", "average", "old")
              for n, p in families.mmdit().net.named_parameters()}  # fmt: skip
@@ -127,7 +132,7 @@ def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tm
 
 def test_a_process_that_ends_while_gloo_still_works_is_not_aborted(tmp_path):
     """As one is whose last sum is done while a thread of gloo's still holds its tensor."""
-    assert [process.wait() for process in start_two(LEAVING, tmp_path)] == [0, 0]
+    assert start_two(leave, tmp_path).wait() == 0
 
 
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
