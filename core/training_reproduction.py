@@ -12,6 +12,7 @@ import math
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,18 @@ def reproduce_training(
     sampler = GenerationSettings(scale.steps, guidance_scale=1.0)
     stitcher = WorldStitcher(load_dataset_plugin(place.name)(), stitching or Scale(), learned, 0, progress, sampler)
     job = _Job(make_folder(out), place, scale, tuple(rewards or ()), value, stitcher)
-    report: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for backbone in names:
-        for row in chosen:
-            for seed in scale.seeds:
-                if rows is None or row.name in rows:
-                    job.attempt(backbone, row, seed, failed)
-                report = job.report(table, title, names, chosen, failed)
-                _write(report, against, job.folder)
-    return report
+
+    def report() -> dict[str, Any]:
+        found = job.report(table, title, names, chosen, failed)
+        _write(found, against, job.folder)
+        return found
+
+    known = report()
+    for backbone, row, seed in product(names, chosen, scale.seeds):
+        if (rows is None or row.name in rows) and job.attempt(backbone, row, seed, failed):
+            known = report()
+    return known
 
 
 @attrs.define(eq=False, slots=False)
@@ -108,15 +111,17 @@ class _Job:
     _last: tuple[str, Backbone, StitchedValue | None] | None = None
     _facts: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
-    def attempt(self, backbone: str, row: TrainingRow, seed: int, failed: dict[str, str]) -> None:
+    def attempt(self, backbone: str, row: TrainingRow, seed: int, failed: dict[str, str]) -> bool:
+        """Train, unless that is done; whether anything was."""
         place = self.place(backbone, row, seed)
         if self._read(backbone, row, seed) is not None:
-            return
+            return False
         try:
             self._train(backbone, row, seed, place)
         except Exception as error:  # whatever it is, the other trainings are not to be lost
             write_text(make_folder(self.folder) / f"{place.name}.error.txt", traceback.format_exc())
             failed[place.name] = str(error) if isinstance(error, StitchError) else f"{type(error).__name__}: {error}"
+        return True
 
     def place(self, backbone: str, row: TrainingRow, seed: int) -> Path:
         """Where a training is: rows of one kind share it, whatever table they are in."""
