@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
     from .evaluation import evaluate
-    from .finetune import FinetuneSettings
+    from .finetune_settings import FinetuneSettings
     from .hookspecs import hookimpl
     from .joint import JointReward
     from .kernels import KERNELS, Ancestral, Cps, Kernel, Ode, OnPath, Sde, Transition
@@ -65,13 +65,15 @@ if TYPE_CHECKING:
     from .resampling import RESAMPLERS, effective_sample_size
     from .reward import Reward, RewardOutput, Tail
     from .sampling import Denoiser, sample, seeded_noise
-    from .searching import JointSearch, SearchResult, search, search_jointly
+    from .search_result import JointSearch, SearchResult
+    from .searching import search, search_jointly
     from .slicing import LATENT, FeatureInfo, Head, Sliced, State
     from .steering import steer
     from .stitching import stitch
     from .swarm import Swarm
-    from .training import TrainResult, TrainSettings, train
+    from .training import TrainResult, train
     from .training_problem import Experience, Rows, StopWindow, TrainingMethod, TrainProblem, Update, spread_seed
+    from .training_settings import TrainSettings
     from .value import StitchedValue
     from .windows import StepUnit, Window, steps_at, steps_within
 
@@ -102,7 +104,7 @@ _PUBLIC = {
     ),
     "estimators": ("Estimator", "Prompted", "Stitched", "Sum", "Tweedie", "clean_reward"),
     "evaluation": ("evaluate",),
-    "finetune": ("FinetuneSettings",),
+    "finetune_settings": ("FinetuneSettings",),
     "hookspecs": ("hookimpl",),
     "joint": ("JointReward",),
     "kernels": ("KERNELS", "Ancestral", "Cps", "Kernel", "Ode", "OnPath", "Sde", "Transition"),
@@ -140,14 +142,16 @@ _PUBLIC = {
     "resampling": ("RESAMPLERS", "effective_sample_size"),
     "reward": ("Reward", "RewardOutput", "Tail"),
     "sampling": ("Denoiser", "sample", "seeded_noise"),
-    "searching": ("JointSearch", "SearchResult", "search", "search_jointly"),
+    "search_result": ("JointSearch", "SearchResult"),
+    "searching": ("search", "search_jointly"),
     "slicing": ("LATENT", "FeatureInfo", "Head", "Sliced", "State"),
     "steering": ("steer",),
     "stitching": ("stitch",),
     "swarm": ("Swarm",),
     "policy": ("LoraSettings", "Policy", "with_lora"),
-    "training": ("TrainResult", "TrainSettings", "train"),
+    "training": ("TrainResult", "train"),
     "training_problem": ("Experience", "Rows", "StopWindow", "TrainProblem", "TrainingMethod", "Update", "spread_seed"),
+    "training_settings": ("TrainSettings",),
     "value": ("StitchedValue",),
     "windows": ("StepUnit", "Window", "steps_at", "steps_within"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import attrs
 import torch
@@ -11,10 +11,8 @@ from torch import Tensor
 from .backbone import Backbone
 from .errors import ConfigError
 from .examples import PROMPT, STATE_SIGMAS, STATES, Examples
+from .finetune_settings import FinetuneSettings
 from .seeds import stream_seed
-
-if TYPE_CHECKING:
-    from .finetune import FinetuneSettings
 
 GROUP = "group"
 """The column that numbers the groups of a batch: seeds of one prompt at one noise level, -1 for everything else."""

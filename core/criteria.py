@@ -11,20 +11,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn import functional as F
 
 from .regression import AffineMap
 from .reward import Reward
+from .search_result import Criterion, Probe, SearchResult
 from .value import Interface
 
-if TYPE_CHECKING:
-    from .searching import Probe, SearchResult
-
-Criterion = Literal["mse", "unexplained", "functional"]
-CRITERIA: tuple[Criterion, ...] = ("mse", "unexplained", "functional")
 Losses = dict[Criterion, dict[tuple[int, int], float]]
 
 

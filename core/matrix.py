@@ -22,7 +22,7 @@ from .costs import Clock, CostMeter
 from .errors import StitchError
 from .evaluation import SIGMAS
 from .files import cache_key, make_folder, read_json, write_json, write_text
-from .finetune import FinetuneSettings
+from .finetune_settings import FinetuneSettings
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .matrix_report import assemble, write_matrix
 from .metrics import metric_of

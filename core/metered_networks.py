@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, NoisyLatent
 from .errors import SliceError
-from .finetune import FinetuneSettings
+from .finetune_settings import FinetuneSettings
 from .layer import StitchingLayer
 from .loading import as_dtype
 from .metering import metered

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,11 +10,9 @@ from torch.nn import functional as F
 
 from .conditions import Condition
 from .examples import CONDITION
+from .finetune_settings import FinetuneSettings
 from .levels import Weigh, unweighted
 from .reward import Reward, RewardOutput
-
-if TYPE_CHECKING:
-    from .finetune import FinetuneSettings
 
 LEAST_SPREAD = 0.01
 """Of a value over the seeds of a prompt, in spreads of their rewards: what counts as not telling them apart."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import attrs
 import torch
@@ -13,10 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoints import load_optimiser, optimiser_tensors
 from .errors import ConfigError
+from .finetune_settings import FinetuneSettings
 from .value import Branch, StitchedValue
-
-if TYPE_CHECKING:
-    from .finetune import FinetuneSettings
 
 
 @attrs.frozen(eq=False)

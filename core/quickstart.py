@@ -22,7 +22,7 @@ from .datasets import CaptionedDataset
 from .estimators import Stitched, Tweedie
 from .evaluation import Retrieval, retrieval
 from .files import make_folder, write_json
-from .finetune import FinetuneSettings
+from .finetune_settings import FinetuneSettings
 from .images import ImageSource, open_images
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .provenance import versions
@@ -30,7 +30,8 @@ from .ranking import Ranking, rank_seeds
 from .recipes import recipe
 from .report import write_report
 from .reward import Reward
-from .searching import SearchResult, search
+from .search_result import SearchResult
+from .searching import search
 from .stitching import VAE_STITCHING, stitch
 from .value import StitchedValue
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import attrs
 
 from .errors import ConfigError
-from .finetune import FinetuneSettings
+from .finetune_settings import FinetuneSettings
 
 _FULL = FinetuneSettings(
     optimiser="muon", steps=4000, batch_size=64, learning_rate=1e-3, layer_multiplier=1.0, matrix_multiplier=3.0,

@@ -25,7 +25,7 @@ from .backbone import Backbone
 from .datasets import judges_of
 from .errors import ConfigError, StitchError
 from .files import cache_key, make_folder, write_json, write_text
-from .finetune import FinetuneSettings
+from .finetune_settings import FinetuneSettings
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .metrics import metric_of
 from .progress import track

@@ -7,7 +7,6 @@ image's is fitted in closed form. Memory depends on channel counts only, not on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,132 +14,25 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
-from .criteria import CRITERIA, Criterion, closed_form_losses, functional_losses
+from .criteria import closed_form_losses, functional_losses
 from .errors import ConfigError, DataError
-from .files import write_json
 from .grids import resample, side_by_side
 from .images import ImageSource, open_images
 from .joint import load_rewards
-from .layer import StitchingLayer
 from .loading import load_backbone, name_of
 from .progress import track
-from .regression import AffineMap, RegressionStatistics
-from .reward import Reward, Tail
+from .regression import RegressionStatistics
+from .reward import Reward
 from .sampling import seeded_noise
+from .search_result import CRITERIA, Criterion, JointSearch, Probe, SearchResult
 from .seeds import stream_seed
 from .slicing import LATENT, checked_taps
-from .value import Branch, Interface
 
 DEEPEST_BLOCK = 4
 """Deeper cuts of the reward are not recoverable by finetuning (paper, section 2)."""
 
 JUDGED_EVERY = 4
 """Every fourth probe image is held out from the fit, to judge the functional criterion."""
-
-
-@attrs.frozen(eq=False)
-class SearchResult:
-    """Every pair's losses of one reward, by criterion, and what is needed to build any of them.
-
-    ``losses[criterion][i, j]``; ``maps[i]`` is the closed-form map to the targets of all ``blocks`` side by side;
-    ``prefixes[j]`` the mean prefix tokens ``[P, C]`` at cut ``j - 1``. A map from cut ``i`` reads the features of those
-    ``taps`` that come before ``i`` as well (:func:`taps_before`).
-    """
-
-    backbone: str
-    reward: str
-    criterion: Criterion
-    blocks: tuple[int, ...]
-    losses: dict[Criterion, dict[tuple[int, int], float]]
-    maps: dict[int, AffineMap]
-    prefixes: dict[int, Tensor]
-    probes: int
-    taps: tuple[int, ...] = ()
-
-    @property
-    def loss(self) -> dict[tuple[int, int], float]:
-        """``loss[i, j]`` by the chosen criterion."""
-        return self.losses[self.criterion]
-
-    @property
-    def best(self) -> Interface:
-        """The pair of lowest loss."""
-        return Interface(*min(self.loss, key=self.loss.__getitem__))
-
-    def map(self, interface: Interface) -> AffineMap:
-        """The closed-form map of one pair."""
-        width = len(self.maps[interface.i].bias) // len(self.blocks)
-        start = self.blocks.index(interface.j) * width
-        return self.maps[interface.i].outputs(slice(start, start + width))
-
-    def layer(self, reward: Reward, interface: Interface) -> StitchingLayer:
-        """A stitching layer that holds one pair's closed-form map."""
-        affine = self.map(interface)
-        c_out, c_in = affine.weight.shape
-        layer = StitchingLayer(c_in, c_out, reward.grid_size).to(reward.device, reward.dtype)
-        layer.load_map(affine.weight, affine.bias)
-        return layer
-
-    def branch(self, reward: Reward, interface: Interface, *, positions: bool = False) -> Branch:
-        """A branch at one pair: the layer above and a copy of the reward's tail."""
-        prefix = self.prefixes[interface.j].to(reward.device, reward.dtype)
-        return Branch(self.layer(reward, interface), Tail(reward, interface.j, prefix, positions=positions))
-
-    def report(self) -> dict[str, Any]:
-        """JSON-able: the best pair and the grid as rows ``{i, j, mse, unexplained, functional}``."""
-        grid = [{"i": i, "j": j, **{c: loss[i, j] for c, loss in self.losses.items()}} for i, j in self.loss]
-        taps = {"taps": list(self.taps)} if self.taps else {}
-        return {"backbone": self.backbone, "reward": self.reward, "criterion": self.criterion, "probes": self.probes,
-                "best": attrs.asdict(self.best), **taps, "grid": grid}  # fmt: skip
-
-    def save(self, path: Path) -> None:
-        """Write ``report()`` as JSON, atomically."""
-        write_json(path, self.report())
-
-
-@attrs.frozen(eq=False)
-class JointSearch:
-    """Several rewards' results from one pass over the probe set; their value model shares one head.
-
-    A backbone cut is judged by the sum over rewards of each one's criterion, every reward entered at the block that is
-    best for it there. The rewards' weights play no part: each branch is to be as good as it can. Of the criteria only
-    ``mse`` differs in scale between rewards, so that one of them would decide alone.
-    """
-
-    results: dict[str, SearchResult]
-
-    @property
-    def loss(self) -> dict[int, float]:
-        """``loss[i]``: the sum over rewards at backbone cut ``i``."""
-        cuts = next(iter(self.results.values())).maps
-        return {i: sum(found.loss[i, self._block(found, i)] for found in self.results.values()) for i in cuts}
-
-    @property
-    def best(self) -> dict[str, Interface]:
-        """Where to cut for each reward: at the common ``i`` of lowest loss."""
-        i = min(self.loss, key=self.loss.__getitem__)
-        return {name: Interface(i, self._block(found, i)) for name, found in self.results.items()}
-
-    @staticmethod
-    def _block(found: SearchResult, i: int) -> int:
-        return min(found.blocks, key=lambda j: found.loss[i, j])
-
-    def report(self) -> dict[str, Any]:
-        """JSON-able: the common best cut, the sum by backbone cut and each reward's own report; of a single reward its
-        own report."""
-        reports = [found.report() for found in self.results.values()]
-        if len(reports) == 1:
-            return reports[0]
-        shared: dict[str, Any] = {
-            key: reports[0][key] for key in ("backbone", "criterion", "probes", "taps") if key in reports[0]
-        }
-        best = {"i": next(iter(self.best.values())).i, "j": {name: cut.j for name, cut in self.best.items()}}
-        loss = [{"i": i, "loss": loss} for i, loss in self.loss.items()]
-        return {**shared, "best": best, "loss": loss, "rewards": reports}
-
-    def save(self, path: Path) -> None:
-        """Write ``report()`` as JSON, atomically."""
-        write_json(path, self.report())
 
 
 Blocks = Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -224,14 +116,6 @@ def _blocks(reward: Reward, name: str, blocks: Blocks) -> tuple[int, ...]:
     for j in chosen:
         reward.check_cut(j - 1, lowest=0)
     return chosen
-
-
-@attrs.frozen(eq=False)
-class Probe:
-    """A batch of the probe set: the clean images' pixels by reward and the noisy latents' features by cut."""
-
-    pixels: dict[str, Tensor]
-    features: dict[int, Tensor]
 
 
 @attrs.define(eq=False)
@@ -320,9 +204,7 @@ class _Fit:
         maps = {cut: found.solve() for cut, found in self.statistics.items()}
         prefixes = {j: total / self.images for j, total in self.prefix_sums.items()}
         losses = closed_form_losses(maps, self.blocks)
-        return SearchResult(
-            backbone, name, criterion, self.blocks, losses, maps, prefixes, stream.seen, stream.taps
-        )
+        return SearchResult(backbone, name, criterion, self.blocks, losses, maps, prefixes, stream.seen, stream.taps)
 
 
 def _fit(stream: ProbeStream, blocks: Mapping[str, tuple[int, ...]]) -> dict[str, _Fit]:

@@ -14,18 +14,19 @@ from .artefact import Provenance
 from .backbone import Backbone
 from .conditions import Condition, concatenate
 from .costs import CostMeter
-from .criteria import Criterion
 from .errors import ConfigError
 from .examples import Examples, GenerationSettings, build_examples, from_images, from_samples
 from .files import cache_key, make_folder
-from .finetune import FinetuneSettings, finetune
+from .finetune import finetune
+from .finetune_settings import FinetuneSettings
 from .images import ImageSource, open_images
 from .joint import JointReward, checked_weights, load_rewards
 from .loading import load_backbone, name_of
 from .policy import with_lora
 from .provenance import network_identity, weights_digest
 from .reward import Reward
-from .searching import JointSearch, SearchResult, search_jointly
+from .search_result import Criterion, JointSearch, SearchResult
+from .searching import search_jointly
 from .slicing import LATENT, Head, taps_before
 from .value import Branch, Interface, StitchedValue
 

@@ -25,7 +25,7 @@ from .datasets import judges_of
 from .errors import ConfigError, StitchError
 from .examples import GenerationSettings
 from .files import cache_key, make_folder, read_json, write_json, write_text
-from .finetune import FinetuneSettings
+from .finetune_settings import FinetuneSettings
 from .joint import JointReward
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .policy import LoraSettings
@@ -34,8 +34,9 @@ from .recipes import recipe as named_recipe
 from .reproduction_tables import check_rows
 from .reproduction_values import found_in
 from .reward import Reward
-from .training import TrainSettings, train
+from .training import train
 from .training_plots import comparison_curves
+from .training_settings import TrainSettings
 from .training_state import RECORD
 from .training_tables import TRAINING_TABLES, TrainingRow, TrainingScale
 from .value import StitchedValue

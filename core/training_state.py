@@ -20,9 +20,9 @@ from .policy import Policy
 from .provenance import network_identity, versions
 from .structuring import plain
 from .training_evaluation import best_of
+from .training_settings import TrainSettings
 
 if TYPE_CHECKING:
-    from .training import TrainSettings
     from .training_evaluation import Gallery
     from .training_problem import TrainingMethod, TrainProblem
 

@@ -13,7 +13,7 @@ import attrs
 from .backbone import Backbone
 from .examples import GenerationSettings
 from .files import cache_key, read_json, write_json
-from .finetune import FinetuneSettings
+from .finetune_settings import FinetuneSettings
 from .images import ImageSource, open_images
 from .joint import JointReward, load_rewards
 from .loading import name_of

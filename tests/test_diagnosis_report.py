@@ -16,7 +16,7 @@ from families import write_clip
 from pipelines import write_pipeline
 from stitchvm import core
 from stitchvm.core import CostMeter, MonteCarlo, NonFiniteError, Ode, Sde, Tweedie, diagnosis_report, registry
-from stitchvm.core.finetune import FinetuneSettings
+from stitchvm.core.finetune_settings import FinetuneSettings
 from test_policy import moved
 from toy_world import DATASET
 from training_worlds import LORA

@@ -16,7 +16,8 @@ from stitchvm import core
 from stitchvm.core.batches import GROUP, Batches, draw_sigma, join_sources
 from stitchvm.core.examples import CleanBatch, Examples, GenerationSettings, build_examples, from_images, from_samples
 from stitchvm.core.files import read_tensors, write_tensors
-from stitchvm.core.finetune import FinetuneSettings, finetune
+from stitchvm.core.finetune import finetune
+from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.images import open_images
 from stitchvm.core.objectives import distillation_loss, predicted_score
 from stitchvm.core.reward import RewardOutput

@@ -13,7 +13,8 @@ from families import clip, mmdit
 from stitchvm import core
 from stitchvm.core.examples import Examples, GenerationSettings, Latents, build_examples, from_images, from_samples
 from stitchvm.core.files import read_tensors, write_tensors
-from stitchvm.core.finetune import FinetuneSettings, finetune
+from stitchvm.core.finetune import finetune
+from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.images import open_images
 from stitchvm.core.objectives import hidden_loss
 from stitchvm.core.optimisers import Optimisers

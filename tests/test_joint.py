@@ -14,7 +14,7 @@ from analytic import GaussianBackbone, LinearReward, QuadraticReward, exact_stit
 from stitchvm import core
 from stitchvm.core import Condition, ConfigError, CostMeter, JointReward, StitchedValue, artefact, evaluation
 from stitchvm.core.examples import Examples
-from stitchvm.core.finetune import FinetuneSettings
+from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.stitching import joined
 from stitchvm.core.value import Interface
 

@@ -19,7 +19,8 @@ from stitchvm import core
 from stitchvm.core import Backbone, Reward, artefact
 from stitchvm.core.batches import Batches
 from stitchvm.core.examples import Examples, GenerationSettings
-from stitchvm.core.finetune import FinetuneSettings, finetune
+from stitchvm.core.finetune import finetune
+from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.grids import resample
 from stitchvm.core.images import open_images
 from stitchvm.core.layer import StitchingLayer

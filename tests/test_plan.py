@@ -21,7 +21,8 @@ from families import clip_architecture, write_clip
 from pipelines import KINDS, pipeline_record, write_pipeline
 from stitchvm import core
 from stitchvm.core.examples import build_examples, from_images
-from stitchvm.core.finetune import FinetuneSettings, finetune
+from stitchvm.core.finetune import finetune
+from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.images import open_images
 from stitchvm.core.metered_networks import MeteredBackbone, MeteredReward
 from stitchvm.core.metering import metered

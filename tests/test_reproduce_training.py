@@ -10,7 +10,7 @@ import pytest
 
 from stitchvm.core import ArtefactError, ConfigError
 from stitchvm.core.files import read_tensors, write_tensors
-from stitchvm.core.finetune import FinetuneSettings
+from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.training_reproduction import _gain, _time_to_match, reproduce_training
 from stitchvm.core.training_tables import TRAINING_TABLES, TrainingScale
 from stitchvm.core.worlds import Scale

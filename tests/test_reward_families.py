@@ -11,7 +11,7 @@ import families
 import reward_families
 from stitchvm import core
 from stitchvm.core import Condition, ConfigError, Reward, RewardOutput, SliceError, Tail, artefact
-from stitchvm.core.finetune import FinetuneSettings
+from stitchvm.core.finetune_settings import FinetuneSettings
 
 
 @pytest.fixture(params=reward_families.REWARDS, ids=lambda name: f"reward-{name}", scope="module")

@@ -12,7 +12,7 @@ from analytic import GaussianBackbone, LinearReward
 from families import clip, mmdit
 from stitchvm import core
 from stitchvm.core.examples import CleanBatch, GenerationSettings, from_samples
-from stitchvm.core.finetune import FinetuneSettings
+from stitchvm.core.finetune_settings import FinetuneSettings
 from test_finetune import gaussian_images
 from test_policy import moved
 from training_worlds import LORA

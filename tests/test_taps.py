@@ -14,7 +14,7 @@ from analytic import GaussianBackbone, LinearReward
 from stitchvm import core
 from stitchvm.core import artefact
 from stitchvm.core.alignment import estimator_identity
-from stitchvm.core.finetune import FinetuneSettings
+from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.images import open_images
 from stitchvm.core.searching import ProbeStream
 

@@ -58,8 +58,8 @@ def command(
 
 
 def _print(report: dict[str, Any]) -> None:
-    from ..criteria import CRITERIA
     from ..plots import place
+    from ..search_result import CRITERIA
 
     chosen = report["criterion"]
     ranked = sorted(report["grid"], key=lambda cell: cell[chosen])[:_SHOWN]

@@ -14,7 +14,7 @@ from .options import BackboneName, Blocks, Cuts, Images, RewardNames, Taps, name
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..finetune import FinetuneSettings
+    from ..finetune_settings import FinetuneSettings
     from ..value import StitchedValue
 
 _SAME = "(default: the recipe's)"
@@ -106,7 +106,7 @@ def command(
 def read_recipe(source: str, changes: dict[str, Any]) -> FinetuneSettings:
     """A recipe by name, or from a TOML file whose ``base`` names the one that it changes (the paper's where it has
     none), with ``changes``; :class:`ConfigError` names what is wrong in it."""
-    from ..finetune import FinetuneSettings
+    from ..finetune_settings import FinetuneSettings
     from ..recipes import recipe
     from ..structuring import plain, structure
 

@@ -27,7 +27,8 @@ def train_and_print(
     from ..prompts import judges_of_prompts, open_prompts
     from ..registries import registry
     from ..structuring import structure
-    from ..training import TrainSettings, train
+    from ..training import train
+    from ..training_settings import TrainSettings
     from ..training_state import BEST
 
     prompts = open_prompts(source, count, split="train")
