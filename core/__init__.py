@@ -50,7 +50,6 @@ if TYPE_CHECKING:
         load_dataset_plugin,
         load_reward,
         name_of,
-        resolve_source,
     )
     from .monte_carlo import MonteCarlo
     from .particles import Particles, Resampling
@@ -68,6 +67,7 @@ if TYPE_CHECKING:
     from .search_result import JointSearch, SearchResult
     from .searching import search, search_jointly
     from .slicing import LATENT, FeatureInfo, Head, Sliced, State
+    from .sources import resolve_source
     from .steering import steer
     from .stitching import stitch
     from .swarm import Swarm
@@ -119,7 +119,6 @@ _PUBLIC = {
         "load_dataset_plugin",
         "load_reward",
         "name_of",
-        "resolve_source",
     ),
     "monte_carlo": ("MonteCarlo",),
     "particles": ("Particles", "Resampling"),
@@ -145,6 +144,7 @@ _PUBLIC = {
     "search_result": ("JointSearch", "SearchResult"),
     "searching": ("search", "search_jointly"),
     "slicing": ("LATENT", "FeatureInfo", "Head", "Sliced", "State"),
+    "sources": ("resolve_source",),
     "steering": ("steer",),
     "stitching": ("stitch",),
     "swarm": ("Swarm",),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ArtefactError, WeightsError
 from .files import read_tensors
-from .loading import resolve_source
+from .sources import resolve_source
 
 if TYPE_CHECKING:
     from .records import BackboneRecord, RewardRecord
