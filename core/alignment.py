@@ -25,7 +25,7 @@ from .particles import initial_noise, step_generators
 from .policy import with_lora
 from .problem import Aligner, AlignProblem, BegunPasses
 from .provenance import network_identity, weights_digest
-from .sampling import Denoiser
+from .sampling import Denoiser, chosen_guidance
 from .structuring import plain, structure
 from .value import StitchedValue
 
@@ -40,7 +40,7 @@ def align(
     prompts: Sequence[str],
     *,
     particles: int | None = None,
-    proposals: int = 1,
+    proposals: int | None = None,
     seed: int = 0,
     steps: int = 28,
     guidance_scale: float | None = None,
@@ -62,10 +62,10 @@ def align(
     ``lora``: the folder of one that the backbone samples with (:func:`~stitchvm.core.train` writes such); a value
     model's head goes on reading the backbone without it. ``guidance_scale`` of
     classifier-free guidance: 3, or 1 for a backbone whose own embedded guidance needs no second pass. ``particles`` a
-    prompt (default: the method's), ``proposals`` a particle where the method draws them. ``batch`` bounds the samples
-    of one network pass and changes nothing else. ``reuse``: a denoising step finishes the pass that the value model's
-    head has begun at the same latent, if any. ``resolution`` in pixels, one number or height and width; the backbone's
-    own by default.
+    prompt and ``proposals`` a particle, where the method draws them (default: the method's). ``batch`` bounds the
+    samples of one network pass and changes nothing else. ``reuse``: a denoising step finishes the pass that the value
+    model's head has begun at the same latent, if any. ``resolution`` in pixels, one number or height and width; the
+    backbone's own by default.
 
     Particle ``n`` of a prompt starts from the same noise under every method with the same ``seed``, so gains can be
     paired. With ``out`` every finished prompt is kept there, a rerun with the same settings continues, and the result
@@ -76,17 +76,18 @@ def align(
     written, ``NonFiniteError`` when sampling diverges.
     """
     network = load_backbone(backbone)
-    estimator, judge = resolve_value(value, reward, network)
+    estimator, judge = resolve_value(value, reward, network, seed)
     if lora is not None:
         network = with_lora(network, lora)
-    aligner = resolve_method(method, proposals, settings)
+    drawn = {} if proposals is None else {"proposals": proposals}
+    aligner = resolve_method(method, {**drawn, **settings})
     if not hasattr(aligner, "run"):
         raise ConfigError(f"{type(aligner).__name__} trains weights and steers nothing; use train.")
     job = _Job(
         name=method if isinstance(method, str) else type(method).__name__, method=aligner, backbone=network,
         estimator=estimator, reward=judge, prompts=checked_prompts(prompts),
         particles=aligner.default_particles if particles is None else particles, seed=seed, steps=steps,
-        guidance_scale=default_guidance(network) if guidance_scale is None else guidance_scale, batch=batch,
+        guidance_scale=chosen_guidance(network, guidance_scale), batch=batch,
         reuse=reuse, lora=None if lora is None else str(lora),
         resolution=network.native_resolution if resolution is None else resolution,
     )  # fmt: skip
@@ -96,8 +97,11 @@ def align(
     return result
 
 
-_NAMED: dict[str, Callable[[AnyReward], Estimator]] = {"tweedie": Tweedie, "monte-carlo": MonteCarlo}
-"""Estimators that need nothing but the reward, by what ``value`` may be instead of a folder."""
+_NAMED: dict[str, Callable[[AnyReward, int], Estimator]] = {
+    "tweedie": lambda reward, _: Tweedie(reward),
+    "monte-carlo": lambda reward, seed: MonteCarlo(reward, seed=seed),
+}
+"""Estimators that need nothing but the reward and a seed, by what ``value`` may be instead of a folder."""
 
 _AT_LEAST_ONE = attrs.validators.ge(1)
 
@@ -224,23 +228,19 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def resolve_method(method: Any, proposals: int, settings: dict[str, Any]) -> Any:
+def resolve_method(method: Any, settings: dict[str, Any]) -> Any:
     """A method by its registered name with its settings, or a ready object; :class:`ConfigError` for bad settings."""
     if not isinstance(method, str):
-        if settings or proposals != 1:
-            surplus = ", ".join(settings) or "proposals"
-            raise ConfigError(f"{type(method).__name__} is configured already; leave out {surplus}.")
+        if settings:
+            raise ConfigError(f"{type(method).__name__} is configured already; leave out {', '.join(settings)}.")
         return method
-    kind = load_aligner(method)
-    if proposals != 1 or any(field.name == "proposals" for field in attrs.fields(kind)):
-        settings = {"proposals": proposals, **settings}
-    return structure(kind, settings, f"settings of {method}")
+    return structure(load_aligner(method), settings, f"settings of {method}")
 
 
 def resolve_value(
-    value: Value, reward: str | AnyReward | Sequence[str] | None, backbone: Backbone
+    value: Value, reward: str | AnyReward | Sequence[str] | None, backbone: Backbone, seed: int
 ) -> tuple[Estimator | None, AnyReward]:
-    """The estimator, and the clean reward: the value's own unless given."""
+    """The estimator, whose own noise if any is of ``seed``, and the clean reward: the value's own unless given."""
     given = None if reward is None else load_judge(reward, backbone.device)
     named = _NAMED.get(value) if isinstance(value, str) else None
     if isinstance(value, (str, Path)) and named is None:
@@ -256,12 +256,7 @@ def resolve_value(
         )
     final = given if given is not None else own
     assert final is not None
-    return (named(final) if named else estimator), final
-
-
-def default_guidance(backbone: Backbone) -> float:
-    """The scale of classifier-free guidance where none is asked for: 1 for a network distilled to need none."""
-    return 3.0 if backbone.guided_passes > 1 else 1.0
+    return (named(final, seed) if named else estimator), final
 
 
 def _own_reward(estimator: Any) -> AnyReward | None:

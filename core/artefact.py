@@ -123,11 +123,11 @@ def load(
     *,
     backbone: str | Backbone | None = None,
     allow_other_backbone: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Value:
     """Read an artefact; ``backbone`` (an object or a name) replaces the recorded one, and ``dtype`` the precision of
-    whatever is read here: a backbone given as an object keeps its own.
+    whatever is read here: a backbone given as an object keeps its own, and everything is on its ``device`` by default.
 
     Raises ``ArtefactError`` for a missing, truncated or foreign artefact, or when the backbone's head is not the one
     it was stitched to: then ``allow_other_backbone`` accepts any with the same number of latent channels.
@@ -139,6 +139,8 @@ def load(
             f"(library {config.get('library')!r}, format {config.get('format')!r}, expected 'stitchvm', {FORMAT})."
         )
     tensors = read_tensors(folder / WEIGHTS)
+    if device is None:
+        device = backbone.device if isinstance(backbone, Backbone) else "cpu"
     network = load_backbone(backbone or config["backbone"]["name"], cut=config["i"], device=device, dtype=dtype)
     head = Head(network, config["i"], config.get("taps", ()))
     _check_head(head, network, config, folder, allow_other_backbone)

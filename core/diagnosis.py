@@ -19,7 +19,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .alignment import default_guidance, estimator_identity
+from .alignment import estimator_identity
 from .backbone import Backbone
 from .comparison import mean_stderr
 from .datasets import Judge
@@ -32,6 +32,7 @@ from .kernels import Ancestral, Kernel, Ode
 from .loading import load_backbone
 from .provenance import network_identity, versions
 from .ranking import SIGMAS, Ranking, Trajectories, differing
+from .sampling import chosen_guidance
 
 Figure = tuple[float | None, float | None]
 """A figure and its standard error; None where there is none (a slope on constant values, an error from one prompt)."""
@@ -169,7 +170,8 @@ def diagnose(
     within each prompt or an estimator without a gradient, and :class:`NonFiniteError` for a value, reward or gradient
     that is not finite.
     """
-    network, judge = load_backbone(backbone), load_judge(reward)
+    network = load_backbone(backbone)
+    judge = load_judge(reward, network.device)
     settings = DiagnosisSettings(
         seeds=seeds, steps=steps, guidance_scale=guidance_scale, sigmas=tuple(sigmas), gradients=gradients,
         gradient_rollouts=gradient_rollouts, gradient_prompts=gradient_prompts, gradient_seeds=gradient_seeds,
@@ -213,7 +215,7 @@ def diagnosis_settings(
         )
     if isinstance(prompts, str):
         raise ConfigError(f"diagnose: prompts must be a list of strings, got {prompts!r}.")
-    scale = default_guidance(backbone) if settings.guidance_scale is None else settings.guidance_scale
+    scale = chosen_guidance(backbone, settings.guidance_scale)
     models = {name: network_identity(network) for name, network in (("backbone", backbone), ("reward", reward))}
     named = {name: [estimator_identity(each), repr(getattr(each, "kernel", None))] for name, each in estimators.items()}
     found = {

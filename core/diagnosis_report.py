@@ -46,7 +46,8 @@ def run_diagnosis(
     """
     if not kernels:
         raise ConfigError("diagnose: no kernel was given; name at least one, such as {'sde': Sde()}.")
-    network, judge, checked = load_backbone(backbone), load_judge(reward), DiagnosisSettings(**settings)
+    network, checked = load_backbone(backbone), DiagnosisSettings(**settings)
+    judge = load_judge(reward, network.device)
     rollout_kernel = rollout_kernel or Ancestral()
     folder = make_folder(out)
     parts = make_folder(folder / "parts")

@@ -28,7 +28,7 @@ from .paths import Prediction
 from .processes import join_group
 from .progress import track
 from .reward import Reward
-from .sampling import Denoiser, sample, seeded_noise
+from .sampling import Denoiser, chosen_guidance, sample, seeded_noise
 from .seeds import stream_seed
 
 SHARD = 256
@@ -139,10 +139,11 @@ def from_images(
 @attrs.frozen
 class GenerationSettings:
     """How the backbone's own samples are drawn: plain ODE sampling, ``steps`` steps, classifier-free
-    ``guidance_scale``; ``states`` of the latents on the way are kept with each, spread evenly over the steps."""
+    ``guidance_scale`` (None: 3, or 1 for a network distilled to need none); ``states`` of the latents on the way are
+    kept with each, spread evenly over the steps."""
 
     steps: int = attrs.field(default=28, validator=attrs.validators.gt(0))
-    guidance_scale: float = 3.0
+    guidance_scale: float | None = None
     seed: int = 0
     states: int = attrs.field(default=14, validator=attrs.validators.ge(0))
 
@@ -164,10 +165,11 @@ def from_samples(
     side = resolution // backbone.latent_factor
     sigmas = backbone.sigmas(settings.steps, (side, side))
     kept, samplers = settings.kept_steps(), (backbone, *tuned)
+    scale = chosen_guidance(backbone, settings.guidance_scale)
 
     def drawn(sampler: Backbone, null: Condition, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         condition = sampler.encode_prompts([prompts[n % len(prompts)] for n in numbers]).to(backbone.device)
-        denoiser = Denoiser(sampler, condition, null, settings.guidance_scale)
+        denoiser = Denoiser(sampler, condition, null, scale)
         seeds = [stream_seed(settings.seed, n) for n in numbers]
         noise = seeded_noise(seeds, (backbone.latent_channels, side, side), backbone.device)
         passed: list[Tensor] = []

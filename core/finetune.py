@@ -79,7 +79,7 @@ def finetune(
     precision = _Precision(value.device.type, settings.mixed_precision)
     optimisers, step_module = Optimisers.of(value, settings), accelerator.prepare_model(_Branches(value))
     balance = _balance(value, settings) if settings.balance_levels else None
-    state = _Checkpoint(checkpoint, value, optimisers, balance, settings)
+    state = _Checkpoint(checkpoint, value, optimisers, precision.scaler, balance, settings)
     losses = state.restore()
     value.train()
     value.head.eval()
@@ -199,11 +199,12 @@ class _Checkpoint:
         folder: Path | None,
         value: StitchedValue,
         optimisers: Optimisers,
+        scaler: torch.amp.GradScaler,
         balance: LevelBalance | None,
         settings: FinetuneSettings,
     ) -> None:
         self.folder, self.value, self.settings = folder, value, settings
-        self.optimisers, self.balance = optimisers, balance
+        self.optimisers, self.scaler, self.balance = optimisers, scaler, balance
 
     def _recipe(self) -> dict[str, Any]:
         kept = attrs.asdict(self.settings)
@@ -218,7 +219,8 @@ class _Checkpoint:
         tensors |= self.optimisers.tensors()
         if self.balance is not None:
             tensors["levels"] = self.balance.means
-        metadata = {"losses": json.dumps(losses), "recipe": json.dumps(self._recipe())}
+        told = {"losses": losses, "recipe": self._recipe(), "scaler": self.scaler.state_dict()}
+        metadata = {name: json.dumps(content) for name, content in told.items()}
         write_tensors(self.folder / "state.safetensors", tensors, metadata)
 
     def restore(self) -> list[float]:
@@ -232,6 +234,8 @@ class _Checkpoint:
             )
         self.value.branches.load_state_dict(under("model", tensors))
         self.optimisers.load(tensors)
+        if scaling := json.loads(metadata.get("scaler", "{}")):
+            self.scaler.load_state_dict(scaling)
         if self.balance is not None:
             self.balance.means = tensors["levels"].to(self.balance.means)
         return list(json.loads(metadata["losses"]))

@@ -158,7 +158,8 @@ class Job:
 
     def stitch(self, found: SearchResult | None) -> StitchedValue:
         """Stage 2 at the best interface, or VAE stitching by the same recipe where ``found`` is None."""
-        where: dict[str, Any] = {"searched": found} if found is not None else VAE_STITCHING
+        baseline = {**VAE_STITCHING, "probes": self.scale.probes}
+        where: dict[str, Any] = {"searched": found} if found is not None else baseline
         return stitch(
             self.backbone, self.reward, images=self.images, out=self.folder / ("vae" if found is None else "value"),
             work=self.folder / "work", recipe=self.recipe(), count=self.scale.images, seed=self.seed,

@@ -25,7 +25,7 @@ from .metrics import spearman
 from .paths import Prediction
 from .progress import track
 from .readings import Reading, kept, total_costs
-from .sampling import Denoiser, sample, seeded_noise
+from .sampling import Denoiser, chosen_guidance, sample, seeded_noise
 from .seeds import stream_seed
 
 SIGMAS = (0.9, 0.75, 0.5, 0.25, 0.1)
@@ -105,7 +105,7 @@ def rank_seeds(
     *,
     seeds: int = 12,
     steps: int = 28,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | None = None,
     sigmas: Sequence[float] = SIGMAS,
     resolution: int | None = None,
     seed: int = 0,
@@ -117,9 +117,11 @@ def rank_seeds(
     An estimator is given the trajectory's prediction, as when steering. The noise is that of ``align`` with the same
     ``seed``. Raises :class:`ConfigError` for fewer than two seeds or no prompt, and when no prompt's rewards differ.
     """
+    network = load_backbone(backbone)
     trajectories = Trajectories(
-        backbone=load_backbone(backbone), reward=load_judge(reward), prompts=tuple(prompts), seeds=seeds, steps=steps,
-        guidance_scale=guidance_scale, sigmas=tuple(sigmas), resolution=resolution, seed=seed, batch=batch,
+        backbone=network, reward=load_judge(reward, network.device), prompts=tuple(prompts), seeds=seeds, steps=steps,
+        guidance_scale=chosen_guidance(network, guidance_scale), sigmas=tuple(sigmas), resolution=resolution, seed=seed,
+        batch=batch,
     )  # fmt: skip
     return trajectories.follow(estimators, "ranking", progress)
 

@@ -19,7 +19,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .alignment import align, default_guidance, reward_condition
+from .alignment import align, reward_condition
 from .alignment_result import AlignResult
 from .backbone import Backbone
 from .datasets import judges_of
@@ -35,6 +35,7 @@ from .reproduction_report import Expected, assemble, read_cell, write_report
 from .reproduction_tables import PLAIN, Pair, Row, Settings, Table, check_rows, table_of
 from .reproduction_values import ValueModels, equivalents, misfit, pass_costs
 from .reward import Reward
+from .sampling import chosen_guidance
 from .value import StitchedValue
 from .world_values import WorldStitcher
 from .worlds import Scale, World
@@ -214,7 +215,7 @@ class _Job:
         return align(
             row.method, network, estimator, self.prompts, reward=judge,
             seed=settings.seed, steps=settings.steps, batch=settings.batch, out=run, progress=self.progress,
-            guidance_scale=default_guidance(network) if scale is None else scale, **row.settings,
+            guidance_scale=chosen_guidance(network, scale), **row.settings,
         )  # fmt: skip
 
     def _measure(self, result: AlignResult, target: str) -> dict[str, Any]:

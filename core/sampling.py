@@ -59,6 +59,13 @@ class Denoiser:
         return attrs.evolve(self, condition=self.condition.repeat(times))
 
 
+def chosen_guidance(backbone: Backbone, scale: float | None) -> float:
+    """The scale of classifier-free guidance: where none is asked for 3, or 1 for a network distilled to need none."""
+    if scale is not None:
+        return scale
+    return 3.0 if backbone.guided_passes > 1 else 1.0
+
+
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     """Standard normal ``[len(seeds), *shape]``, row by row from its own seed: independent of batching and device."""
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

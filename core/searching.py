@@ -93,7 +93,8 @@ def search_jointly(
     """:func:`search` for several rewards at once: images are encoded, noised and passed through the backbone once."""
     if criterion not in CRITERIA:
         raise ConfigError(f"unknown search criterion {criterion!r}; choose one of {', '.join(CRITERIA)}.")
-    backbone, loaded = load_backbone(backbone), load_rewards(rewards)
+    backbone = load_backbone(backbone)
+    loaded = load_rewards(rewards, backbone.device)
     cuts = tuple(range(1, backbone.depth + 1)) if cuts is None else tuple(cuts)
     for cut in cuts:
         backbone.check_cut(cut)

@@ -25,6 +25,7 @@ from .loading import load_backbone, name_of
 from .policy import with_lora
 from .provenance import network_identity, weights_digest
 from .reward import Reward
+from .sampling import chosen_guidance
 from .search_result import Criterion, JointSearch, SearchResult
 from .searching import search_jointly
 from .slicing import LATENT, Head, taps_before
@@ -110,7 +111,8 @@ def stitch(
                 searched=searched, start_from=start_from, progress=progress, **settings,
             )  # fmt: skip
     work = make_folder(work if work is not None else folder / "work")  # type: ignore[operator]
-    backbone, rewards, source = load_backbone(backbone), load_rewards(reward), open_images(images, chosen.count)
+    backbone, source = load_backbone(backbone), open_images(images, chosen.count)
+    rewards = load_rewards(reward, backbone.device)
     if weights is None and isinstance(reward, JointReward):
         weights = reward.weights
     if weights is not None:
@@ -129,8 +131,7 @@ def stitch(
         read = _encoded(backbone, prompts) if value.prompted else None
         real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress, tuned)
         run = _run_identity(value, recipe, source, chosen)
-        if generated is not None:
-            run["samples"] = generated.folder.name
+        run |= {name: each.folder.name for name, each in (("real", real), ("samples", generated)) if each is not None}
         if start_from is not None:
             run |= {"start_from": weights_digest(value.branches)}
         checkpoint = work / f"finetune-{cache_key(run)}"
@@ -144,7 +145,7 @@ def stitch(
         metrics={"final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 6), "skipped_images": len(source.skipped)},
         cost=cost.report(),
         seed=recipe.seed,
-        examples=_learned_from(real, generated, _generation(recipe, chosen), tuned),
+        examples=_learned_from(real, generated, _generation(backbone, recipe, chosen), tuned),
     )
     if folder is not None:
         value.save_pretrained(folder)
@@ -152,9 +153,11 @@ def stitch(
     return value
 
 
-def _generation(recipe: FinetuneSettings, settings: StitchSettings) -> GenerationSettings:
+def _generation(backbone: Backbone, recipe: FinetuneSettings, settings: StitchSettings) -> GenerationSettings:
     """How samples are drawn: their states on the way are kept for recipes that read them there."""
-    return settings.generation if recipe.on_policy > 0 else attrs.evolve(settings.generation, states=0)
+    scale = chosen_guidance(backbone, settings.generation.guidance_scale)
+    states = settings.generation.states if recipe.on_policy > 0 else 0
+    return attrs.evolve(settings.generation, guidance_scale=scale, states=states)
 
 
 def _learned_from(
@@ -236,9 +239,12 @@ def _run_identity(
     """What a finetune is known by; one that takes taps says so, others need not."""
     blocks = _one_or_all([value.interface(name).j for name in value.names])
     taps = {"taps": value.head.taps} if value.head.taps else {}
+    learned = attrs.asdict(recipe)
+    learned.pop("checkpoint_every")
     pair = (value.head.part, *(value.reward(name) for name in value.names))
     return {"interface": {"i": value.head.cut, "j": blocks, **taps},
-            "positions": settings.positions, "recipe": attrs.asdict(recipe), "images": source.fingerprint(),
+            "positions": settings.positions, "recipe": learned, "images": source.fingerprint(),
+            "search": {"probes": (value.provenance.search or {}).get("probes"), "seed": settings.seed},
             "pair": [network_identity(network) for network in pair]}  # fmt: skip
 
 
@@ -368,7 +374,7 @@ def training_examples(
         )
     if recipe.generated > 0:
         asked = list(prompts) if prompts is not None else [""]
-        generation = _generation(recipe, settings)
+        generation = _generation(backbone, recipe, settings)
         key = {**pair, "prompts": cache_key({"prompts": asked}), "count": settings.samples,
                "generation": attrs.asdict(generation), "scored": True, **kept, **_digests(tuned)}  # fmt: skip
         drawn = from_samples(backbone, asked, settings.samples, side, settings.batch, generation, tuned)

@@ -85,8 +85,8 @@ def train(
     be written, :class:`NonFiniteError` when the loss or a weight is not finite (the last checkpoint is kept).
     """
     network = load_backbone(backbone)
-    estimator, judge = resolve_value(value, reward, network)
-    trainer = resolve_method(method, 1, settings)
+    estimator, judge = resolve_value(value, reward, network, seed)
+    trainer = resolve_method(method, settings)
     if not hasattr(trainer, "collect"):
         raise ConfigError(f"{type(trainer).__name__} steers samples and trains nothing; use align.")
     texts, plan = checked_prompts(prompts), training or TrainSettings()

@@ -237,17 +237,31 @@ class _Job:
         }  # fmt: skip
 
     def _read(self, backbone: str, row: TrainingRow, seed: int) -> dict[str, Any] | None:
-        """The record of a training that is finished."""
-        path = self.place(backbone, row, seed) / RECORD
+        """The record of a training that is finished; of one that went on, as it was then.
+
+        Raises :class:`ConfigError` where that was not evaluated.
+        """
+        path, asked = self.place(backbone, row, seed) / RECORD, self.scale.updates
         record = read_json(path) if path.is_file() else None
-        return record if record is not None and record["updates"] >= self.scale.updates else None
+        if record is None or record["updates"] < asked:
+            return None
+        if record["updates"] == asked:
+            return record
+        then = [evaluation for evaluation in record["evaluations"] if evaluation["update"] <= asked]
+        if then[-1]["update"] < asked:
+            raise ConfigError(
+                f"{str(path.parent)!r} has had {record['updates']} updates and was not evaluated after {asked}, but "
+                f"after {then[-1]['update']}; ask for as many, or train anew in another folder."
+            )
+        cost = {**record["cost"], **then[-1]["passes"], "seconds": then[-1]["seconds"]}
+        return {**record, "updates": asked, "evaluations": then, "cost": cost}
 
 
 def _entry(backbone: str, row: TrainingRow, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row: final means by reward over its seeds, the cost, and the curve of every seed."""
     finals = [run["evaluations"][-1]["rewards"] for run in runs]
     curves = [
-        {"seconds": [e["seconds"] for e in run["evaluations"]],
+        {"update": [e["update"] for e in run["evaluations"]], "seconds": [e["seconds"] for e in run["evaluations"]],
          "passes": [e["passes"].get("denoiser", 0) for e in run["evaluations"]],
          **{name: [e["rewards"][name]["mean"] for e in run["evaluations"]] for name in finals[0]}}
         for run in runs
@@ -308,7 +322,8 @@ def _write(report: Mapping[str, Any], against: str, folder: Path) -> None:
         for seed, curve in zip(row["seeds"], row["curves"], strict=True):
             for k, seconds in enumerate(curve["seconds"]):
                 means = [curve[reward][k] for reward in rewards]
-                writer.writerow([row["backbone"], row["row"], seed, k, seconds, curve["passes"][k], *means])
+                where = [row["backbone"], row["row"], seed, curve["update"][k]]
+                writer.writerow([*where, seconds, curve["passes"][k], *means])
     write_text(folder / f"{name}.csv", text.getvalue())
     write_json(folder / f"{name}.json", report)
     if report["rows"]:

@@ -3,7 +3,7 @@ section 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,6 +133,13 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
     @property
     def device(self) -> torch.device:
         return next(self.branches.parameters()).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``half`` and their like do; the clean rewards go to the same device and keep their precision."""
+        moved: Self = super()._apply(fn, recurse)
+        for reward in self._rewards.values():
+            reward.to(self.device)
+        return moved
 
     def interface(self, name: str | None = None) -> Interface:
         """Where the (first) reward was cut in."""

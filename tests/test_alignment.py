@@ -25,7 +25,7 @@ from stitchvm.core import (
     load_aligner,
     sample,
 )
-from stitchvm.core.cli.align import method_settings
+from stitchvm.core.cli.options import key_values
 from stitchvm.core.particles import initial_noise
 
 PROMPTS = ["0", "1", "2", "-1", "0.5"]
@@ -53,6 +53,17 @@ def test_the_plain_method_is_the_plain_sampler():
     clean = sample(denoiser, initial_noise(0, [0, 1], 1, (3, 2, 2))[:, 0], backbone.sigmas(10, (2, 2)))
     assert torch.allclose(result.particles.latents[:, 0], clean, atol=1e-6)
     assert torch.allclose(result.rewards, LinearReward().expectation(clean, 0.0), atol=1e-5)
+
+
+def test_a_method_by_name_draws_as_many_proposals_as_it_says_itself():
+    result = run("svdd", prompts=["0"], steps=4)
+    assert result.settings["method_settings"]["proposals"] == 20
+    assert run("svdd", prompts=["0"], steps=4, proposals=2).settings["method_settings"]["proposals"] == 2
+
+
+def test_rollouts_are_of_the_runs_seed():
+    for seed in (0, 3):
+        assert run("sample", "monte-carlo", ["0"], steps=2, seed=seed).settings["estimator"]["seed"] == seed
 
 
 def test_methods_of_one_seed_share_their_starting_noise():
@@ -283,11 +294,8 @@ def test_a_configured_method_takes_no_further_settings():
 
 def test_settings_on_the_command_line():
     given = ["strength=20", "window=[0.1, 0.5]", "kernel=ode", "ess_threshold=0.5"]
-    assert method_settings(given) == {"strength": 20, "window": [0.1, 0.5], "kernel": "ode", "ess_threshold": 0.5}
-    with pytest.raises(ConfigError, match="KEY=VALUE"):
-        method_settings(["strength"])
-    with pytest.raises(ConfigError, match="option of its own, --guidance-scale"):
-        method_settings(["guidance_scale=2"])
+    found = key_values(given, "--set", "strength=20")
+    assert found == {"strength": 20, "window": [0.1, 0.5], "kernel": "ode", "ess_threshold": 0.5}
 
 
 @pytest.fixture
@@ -319,8 +327,10 @@ def test_the_command_writes_and_reports(stitchvm, tmp_path):
     ("extra", "message"),
     [(["--value", "x", "--estimator", "tweedie"], "--value and --estimator"), (["--estimator", "twedie"], "twedie"),
      (["--estimator", "tweedie", "--set", "stength=2"], "did you mean 'strength'"),
+     (["--estimator", "tweedie", "--set", "strength"], "write KEY=VALUE"),
+     (["--estimator", "tweedie", "--set", "guidance_scale=2"], "option of its own, --guidance-scale"),
      (["--value", "nowhere"], "holds no value model")],
-    ids=["both", "estimator", "setting", "value"],
+    ids=["both", "estimator", "setting", "no value", "option", "value"],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(stitchvm, tmp_path, extra, message):
     (tmp_path / "prompts.txt").write_text("0\n")

@@ -140,7 +140,7 @@ def test_stitch_evaluate_align_and_compare(run, tmp_path):
     assert StitchedValue.from_pretrained(value).interface().i == report["interface"]["i"]
 
     baseline = tmp_path / "vae"
-    code, out, err = run("stitch", *PAIR, "--out", baseline, "--vae", *SHORT[:8], "--count", 8)
+    code, out, err = run("stitch", *PAIR, "--out", baseline, "--vae", *SHORT[:6], "--count", 8)
     assert code == 0, err
     assert "at the latent itself" in out
 
@@ -248,6 +248,12 @@ def test_skipped_images_are_named(run, tmp_path):
         (("evaluate", "OUT"), "--data"),
         (("evaluate", "OUT", "OUT"), "align.json"),
         (("evaluate", "OUT", "--data", "noise", "--sigmas", "2"), "noise levels lie from 0"),
+        (("evaluate", "OUT", "--data", "noise", "--steps", "2"), "--steps means nothing here: they are of --ranking"),
+        (("stitch", *PAIR, "--out", "OUT", "--samples", "9"), "--samples means nothing here: the recipe paper takes"),
+        (("stitch", *PAIR, "--out", "OUT", "--vae", "--taps", "1"), "--taps means nothing here"),
+        (("stitch", *PAIR, "--out", "OUT", "--vae", "--blocks", "2"), "--blocks means nothing here"),
+        (("reproduce", "table1", "--world", "noise", "--out", "OUT", "--set", "normaliser=norm"),
+         "--set normaliser: that is an option of its own, --normaliser"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):

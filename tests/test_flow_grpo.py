@@ -108,3 +108,8 @@ def test_a_group_that_branches_is_one_until_its_window():
 def test_a_window_that_does_not_fit_is_an_error(fields, said):
     with pytest.raises(core.ConfigError, match=said):
         FlowGrpo(samples_per_prompt=2, **fields).collect(problem(), UPDATE)
+
+
+def test_where_a_window_lies_says_nothing_without_one():
+    with pytest.raises(core.ConfigError, match="give window_size too"):
+        FlowGrpo(window_range=(0, 2))

@@ -32,7 +32,7 @@ def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  
     difference = stopped["after"]["tiny-aesthetic"]["mean"] - plain["after"]["tiny-aesthetic"]["mean"]
     assert stopped["gain"]["tiny-aesthetic"]["mean"] == pytest.approx(difference)
     lines = list(csv.DictReader((tmp_path / "table3.csv").read_text(encoding="utf-8").splitlines()))
-    assert len(lines) == 2 * 2 * 3  # rows, seeds, evaluations
+    assert [int(line["update"]) for line in lines] == 2 * 2 * [0, 1, 2]  # rows and seeds, each with its evaluations
     assert (tmp_path / "table3.png").exists()
     assert len(report["missing"]) == 2 * (len(TRAINING_TABLES["table3"][1](TINY)) - 2)
     records = sorted((tmp_path / "trainings").glob("*/train.json"))
@@ -40,6 +40,14 @@ def test_every_training_of_a_table_is_done_once_and_compared(world, tmp_path):  
     again = reproduce_training("fig4", "toy", tmp_path, rows=rows, scale=TINY, stitching=STITCHING, progress=False)
     assert [path.stat().st_mtime_ns for path in records] == before  # fig4 draws the same trainings
     assert again["rows"] == report["rows"]
+    begun = reproduce_training(  # what went on for longer is shown as it was then
+        "table3", "toy", tmp_path, rows=rows, scale=attrs.evolve(TINY, updates=1), stitching=STITCHING, progress=False
+    )
+    assert [path.stat().st_mtime_ns for path in records] == before
+    assert begun["rows"][0]["curves"] == [
+        {name: figures[:2] for name, figures in curve.items()} for curve in report["rows"][0]["curves"]
+    ]
+    assert begun["rows"][0]["cost"]["denoiser"] < report["rows"][0]["cost"]["denoiser"]
     reproduce_training(  # by another value, stopped trainings are others
         "table3", "toy", tmp_path, rows=rows, scale=attrs.evolve(TINY, seeds=(0,)),
         stitching=attrs.evolve(STITCHING, steps=3), progress=False,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from analytic import GaussianBackbone, LinearReward
-from families import clip, mmdit
+from families import clip, flux, mmdit
 from stitchvm import core
 from stitchvm.core.examples import CleanBatch, GenerationSettings, from_samples
+from stitchvm.core.files import make_folder, read_metadata
 from stitchvm.core.finetune_settings import FinetuneSettings
 from test_finetune import gaussian_images
 from test_policy import moved
@@ -31,12 +35,40 @@ def test_conditioning_says_what_the_head_reads_whatever_the_recipe() -> None:
         core.stitch(mmdit(), clip(), conditioning="caption", **given)
 
 
-def test_its_seed_is_that_of_the_samples_too() -> None:
-    sampled = FinetuneSettings(generated=0.5, steps=1, batch_size=2)
+SAMPLED = FinetuneSettings(generated=0.5, steps=1, batch_size=2)
+
+
+@pytest.mark.parametrize(("build", "scale"), [(mmdit, 3.0), (flux, 1.0)])
+def test_samples_are_drawn_by_its_seed_and_as_the_backbone_is_sampled(build: Any, scale: float) -> None:
     given: dict[str, Any] = {"images": torch.rand(4, 3, 16, 16), "interface": (1, 1), "samples": 4, "progress": False}
-    for seed in (0, 5):
-        value = core.stitch(mmdit(), clip(), recipe=sampled, prompts=["a"], seed=seed, **given)
-        assert value.provenance.examples["drawn by"]["seed"] == seed
+    value = core.stitch(build(), clip(), recipe=SAMPLED, prompts=["a"], seed=5, **given)
+    drawn = value.provenance.examples["drawn by"]
+    assert (drawn["seed"], drawn["guidance_scale"]) == (5, scale)
+
+
+def test_a_finetune_goes_on_from_its_own_examples_and_start_alone(tmp_path: Path) -> None:
+    """In a shared ``work``: other pictures of the same folder, other probes or another seed are another one; how often
+    it is saved is not."""
+    for number in range(8):
+        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(number))
+        to_pil_image(picture).save(make_folder(tmp_path / "images") / f"{number}.png")
+    given: dict[str, Any] = {"images": tmp_path / "images", "interface": (1, 1), "work": tmp_path / "work",
+                             "progress": False}  # fmt: skip
+    once = {"count": 4, "probes": 4, "recipe": FinetuneSettings(steps=1, batch_size=2)}
+    often = attrs.evolve(once["recipe"], checkpoint_every=1)  # type: ignore[type-var]
+    changes: tuple[dict[str, Any], ...] = ({}, {"recipe": often}, {"count": 6}, {"probes": 8}, {"seed": 1})
+    for change, expected in zip(changes, (1, 1, 2, 3, 4), strict=True):
+        core.stitch(mmdit(), clip(), **{**given, **once, **change})
+        assert len(list((tmp_path / "work").glob("finetune-*"))) == expected, change
+
+
+def test_a_finetune_in_half_precision_goes_on_with_its_scaling(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"images": torch.rand(8, 3, 16, 16), "interface": (1, 1), "work": tmp_path,
+                             "progress": False}  # fmt: skip
+    recipe = FinetuneSettings(steps=2, batch_size=2, mixed_precision="fp16")
+    core.stitch(mmdit(), clip(), recipe=recipe, **given)
+    (state,) = tmp_path.glob("finetune-*/state.safetensors")
+    assert json.loads(read_metadata(state)["scaler"])["_growth_tracker"] == 2
 
 
 def test_a_prompted_recipe_without_prompts_fails_before_anything_is_drawn(tmp_path: Path) -> None:

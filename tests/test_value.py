@@ -143,6 +143,14 @@ def test_a_value_model_is_read_in_the_precision_asked_for(saved: Path, latents: 
     assert not torch.equal(values[1].float(), values[0])
 
 
+def test_the_clean_reward_goes_where_the_value_goes(saved: Path) -> None:
+    value = core.StitchedValue.from_pretrained(saved).half()
+    reward = value.objective()
+    assert isinstance(reward, core.Reward) and reward.dtype == torch.float32
+    value.to("meta")
+    assert value.device.type == reward.device.type == "meta"
+
+
 def test_only_a_prompted_head_reads_a_prompt(stitched: core.StitchedValue, saved: Path, latents: Tensor) -> None:
     backbone, _ = twins()
     prompt, asked = backbone.encode_prompts(["a red circle"]), ["a blue star"]

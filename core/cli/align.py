@@ -24,7 +24,11 @@ def command(
     ],
     backbone: BackboneName,
     prompts: Annotated[
-        str, typer.Option(metavar="SRC", help="A text file, one prompt a line, or a dataset (held out).")
+        str,
+        typer.Option(
+            metavar="SRC",
+            help="A text file, one prompt a line, or a dataset: held-out prompts, training ones to train.",
+        ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where pictures and align.json go; a rerun continues there.")
@@ -40,9 +44,13 @@ def command(
     lora: Annotated[
         str | None, typer.Option(metavar="DIR", help="A LoRA to sample with, such as a method that trains wrote.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="How many prompts (default: the whole file).")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="How many prompts (default: the whole file; a dataset needs it).")
+    ] = None,
     particles: Annotated[int | None, typer.Option(help="Samples a prompt (default: the method's).")] = None,
-    proposals: Annotated[int, typer.Option(help="Draws a particle and step, where the method takes some.")] = 1,
+    proposals: Annotated[
+        int | None, typer.Option(help="Draws a particle and step, where the method takes some (default: its own).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all noise; runs of one seed can be compared in pairs.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Sampling steps (default: 28, in training 10).")] = None,
     guidance_scale: Annotated[
@@ -75,7 +83,7 @@ def command(
 
     if value is not None and estimator is not None:
         raise ConfigError("--value and --estimator each say what steers; give one of them.")
-    steered_by, own = value if estimator is None else estimator, method_settings(settings or ())
+    steered_by, own = value if estimator is None else estimator, method_settings(context, settings or ())
     judge = None if reward is None else names(reward, "--reward")
     if registry().aligner(method).trains:
         surplus = ("particles", "proposals", "batch", "reuse", "lora")
@@ -99,17 +107,13 @@ def command(
         _print(result, out)
 
 
-_TAKEN = {
-    "particles", "proposals", "seed", "steps", "guidance_scale", "resolution", "reward", "lora", "batch", "reuse", "out"
-}  # fmt: skip
-
-
-def method_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs of ``--set`` as settings; :class:`ConfigError` for what has an option of its own."""
+def method_settings(context: typer.Context, pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs of ``--set`` as settings; :class:`ConfigError` for what is an option of the command."""
     found = key_values(pairs, "--set", "strength=20")
+    options = {option.name: option.opts[0] for option in context.command.params}
     for key in found:
-        if key in _TAKEN:
-            raise ConfigError(f"--set {key}: that is an option of its own, --{key.replace('_', '-')}.")
+        if key in options:
+            raise ConfigError(f"--set {key}: that is an option of its own, {options[key]}.")
     return found
 
 

@@ -36,7 +36,9 @@ def command(
     lora: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A LoRA to draw the samples with; values keep their own heads.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="How many prompts (default: the whole file).")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="How many prompts (default: the whole file; a dataset needs it).")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Samples a prompt.")] = 12,
     kernel: Annotated[str, typer.Option(help="How samples are drawn: ode, sde, both, ancestral or cps.")] = "both",
     estimators: Annotated[
@@ -81,7 +83,7 @@ def command(
     models = _values(value or [], network)
     judge = _judge(reward, models)
     report = run_diagnosis(
-        sampled, _estimators(wanted, models, judge, rollout_steps, drawn), judge,
+        sampled, _estimators(wanted, models, judge, rollout_steps, drawn, seed), judge,
         open_prompts(prompts, count, split="test"), out, rollout_kernel=drawn, batch=batch,
         judges=judges_of_prompts(prompts), seeds=seeds, steps=steps,
         kernels={name: KERNELS[name]() for name in (BOTH if kernel == "both" else (kernel,))},
@@ -142,7 +144,7 @@ def _judge(reward: str | None, models: Mapping[str, StitchedValue]) -> AnyReward
 
 
 def _estimators(
-    wanted: Sequence[str], models: Mapping[str, StitchedValue], reward: AnyReward, steps: int, kernel: Kernel
+    wanted: Sequence[str], models: Mapping[str, StitchedValue], reward: AnyReward, steps: int, kernel: Kernel, seed: int
 ) -> dict[str, Estimator]:
     from ..estimators import Stitched, Tweedie
     from ..monte_carlo import MonteCarlo
@@ -154,7 +156,8 @@ def _estimators(
         elif name == "tweedie":
             found[name] = Tweedie(reward)
         else:
-            found[name] = MonteCarlo(reward, rollouts=int(name.removeprefix("mc-")), steps=steps, kernel=kernel)
+            rollouts = int(name.removeprefix("mc-"))
+            found[name] = MonteCarlo(reward, rollouts=rollouts, steps=steps, kernel=kernel, seed=seed)
     return found
 
 

@@ -10,7 +10,7 @@ import attrs
 import typer
 
 from ..errors import ConfigError
-from .options import levels
+from .options import levels, refuse_given
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from ..value import StitchedValue
 
 
+_OF_RANKING = ("prompts", "seeds", "steps", "guidance_scale")
+_OF_VALUES = ("count", "sigmas", "vae", "ranking", *_OF_RANKING, "reward", "backbone", "seed")
+
+
 def command(
+    context: typer.Context,
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="A value model, or runs of 'stitchvm align', the base first.")
     ],
@@ -31,7 +36,9 @@ def command(
     prompts: Annotated[int, typer.Option(help="Held-out prompts to rank on.")] = 40,
     seeds: Annotated[int, typer.Option(help="Seeds a prompt to rank.")] = 12,
     steps: Annotated[int, typer.Option(help="Sampling steps of the ranked seeds.")] = 28,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the ranked seeds.")] = 3.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance of the ranked seeds (default: 3, or 1 if distilled).")
+    ] = None,
     reward: Annotated[str | None, typer.Option(help="Which of a value model's rewards to measure.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Instead of the value model's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of data and noise.")] = 0,
@@ -46,7 +53,10 @@ def command(
     from ..files import make_folder, write_json
 
     target = None if out is None else make_folder(out)
+    if not ranking:
+        refuse_given(context, _OF_RANKING, "they are of --ranking.")
     if all((folder / ALIGN_REPORT).is_file() for folder in folders):
+        refuse_given(context, _OF_VALUES, "runs of align are compared as they are.")
         report, show = _compare(folders, data), _print_runs
     else:
         if len(folders) > 1:
@@ -56,7 +66,7 @@ def command(
         job = _Job.load(folders[0], data, vae, backbone, levels(sigmas, "--sigmas"), seed)
         report, show = job.measure(count, reward), _print_value
         if ranking:
-            report["ranking"] = job.ranking(prompts, seeds, steps, guidance_scale)
+            report["ranking"] = job.ranking(prompts, seeds, steps, guidance_scale, reward)
         _draw(report, target)
     if target is not None:
         write_json(target / "evaluation.json", report)
@@ -98,7 +108,10 @@ class _Job:
         dataset = load_dataset_plugin(data)()
         network = load_backbone(backbone or read_json(folder / CONFIG)["backbone"]["name"])
         places = {"stitched": folder, **({} if vae is None else {"vae": vae})}
-        models = {name: StitchedValue.from_pretrained(place, backbone=network) for name, place in places.items()}
+        models = {
+            name: StitchedValue.from_pretrained(place, backbone=network, allow_other_backbone=backbone is not None)
+            for name, place in places.items()
+        }
         return cls(network, models, dataset, sigmas, seed)
 
     def measure(self, count: int, reward: str | None = None) -> dict[str, Any]:
@@ -117,11 +130,14 @@ class _Job:
         retrieval = {**found.report(), "retention": skill.retention("stitched")}
         return {"retrieval": retrieval, "skill": skill.report()}
 
-    def ranking(self, prompts: int, seeds: int, steps: int, guidance_scale: float) -> dict[str, Any]:
+    def ranking(
+        self, prompts: int, seeds: int, steps: int, guidance_scale: float | None, reward: str | None
+    ) -> dict[str, Any]:
         from ..estimators import Stitched, Tweedie
         from ..ranking import rank_seeds
 
         value = self.models["stitched"]
+        value = value if reward is None else value.alone(reward)
         whole = value.objective()
         return rank_seeds(
             self.backbone, {"stitched": Stitched(value), "tweedie": Tweedie(whole)}, whole,

@@ -22,7 +22,9 @@ def command(
     images: Annotated[int, typer.Option(min=1, help="Training pictures a pair.")] = 4096,
     steps: Annotated[int, typer.Option(min=1, help="Finetune steps, whatever the recipe.")] = 200,
     recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="paper, full, quick, or a TOML file.")] = "quick",
-    held_out: Annotated[int, typer.Option(min=1, help="Held-out images or pairs to measure on.")] = 1000,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Held-out images to measure on; of pairs three times as many.")
+    ] = 1000,
     probes: Annotated[int, typer.Option(min=4, help="Images to judge every pair of cuts on.")] = 200,
     samples: Annotated[int, typer.Option(min=1, help="Of the backbone's own, where the recipe takes some.")] = 2048,
     sigmas: Annotated[str, typer.Option(metavar="LIST", help="Noise levels.")] = "0.1,0.25,0.5,0.75,0.9",

@@ -38,7 +38,10 @@ def command(
         Path | None, typer.Option(metavar="DIR", help="Value models, as matrix writes them; missing ones are stitched.")
     ] = None,
     backbones: Annotated[str | None, typer.Option(metavar="LIST", help="Only these (default: the world's).")] = None,
-    rewards: Annotated[str | None, typer.Option(metavar="LIST", help="Only these (default: the world's).")] = None,
+    rewards: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Only these (default: the world's; to train: those that read prompts)."),
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 200,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     guidance_scale: Annotated[
@@ -108,7 +111,7 @@ def command(
         proposals=proposals, strength=strength, normaliser=normaliser,
         strengths_tweedie=None if strengths_tweedie is None else reals(strengths_tweedie, "--strengths-tweedie"),
         strengths_stitched=None if strengths_stitched is None else reals(strengths_stitched, "--strengths-stitched"),
-        methods=() if methods is None else names(methods, "--methods"), options=method_settings(options or ()),
+        methods=() if methods is None else names(methods, "--methods"), options=method_settings(context, options or ()),
     )  # fmt: skip
     report = reproduce(
         table, world, out, settings=settings, values=values, recipe=read_recipe(recipe, {}), scale=scale, **chosen

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, Blocks, Cuts, Images, RewardNames, Taps, names, numbers, reals, warn_skipped
+from .options import (
+    BackboneName,
+    Blocks,
+    Cuts,
+    Images,
+    RewardNames,
+    Taps,
+    names,
+    numbers,
+    reals,
+    refuse_given,
+    warn_skipped,
+)
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -18,9 +30,11 @@ if TYPE_CHECKING:
     from ..value import StitchedValue
 
 _SAME = "(default: the recipe's)"
+_OF_SAMPLES = ("samples", "sampling_steps", "guidance_scale", "prompts")
 
 
 def command(
+    context: typer.Context,
     backbone: BackboneName,
     reward: RewardNames,
     images: Images,
@@ -37,13 +51,16 @@ def command(
     generated: Annotated[
         float | None, typer.Option(help=f"Share of each batch from the backbone's own samples, 0 to 1 {_SAME}.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help=f"Of all randomness {_SAME}.")] = None,
-    count: Annotated[int | None, typer.Option(help="Real images to train on (default: all).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help=f"Of all randomness but the choice of a dataset's pictures and prompts {_SAME}.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Real images to train on (default: all; 8192 if made).")] = None,
     samples: Annotated[int, typer.Option(help="Samples of the backbone's own, where the recipe takes some.")] = 4096,
     sampling_steps: Annotated[int, typer.Option(help="Steps those samples take.")] = 28,
     guidance_scale: Annotated[
-        float, typer.Option(help="Classifier-free guidance of those samples: that of the sampler to be read.")
-    ] = 3.0,
+        float | None,
+        typer.Option(help="Classifier-free guidance of the sampler to be read (default: 3, or 1 if distilled)."),
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="What they are drawn for: a dataset or a text file (default: no prompt)."),
@@ -83,6 +100,12 @@ def command(
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "generated": generated, "seed": seed
     }  # fmt: skip
     settings = read_recipe(recipe, _given(given))
+    if settings.generated == 0:
+        refuse_given(context, _OF_SAMPLES, f"the recipe {recipe} takes no samples; set --generated above 0.")
+    if interface is not None or vae or start_from is not None:
+        refuse_given(context, ("blocks",), "where to cut is given already.")
+    if vae:
+        refuse_given(context, ("taps",), "at the latent itself there are no earlier cuts.")
     source = open_images(images, count)
     asked = None if prompts is None else open_prompts(prompts, max(samples // settings.seeds_per_prompt, 1))
     searching = {

@@ -39,8 +39,9 @@ class FlowGrpo:
     ``samples_per_prompt``: of a group. ``sampler``: ``sde`` (``noise_level`` 0.7) or ``cps``, whose log-probability is
     released without its variance, ``-(x - mean)^2``. ``window_size``: how many steps draw and are learnt from (None:
     all but the last); ``window_range``: the window begins uniformly so that it lies in steps ``[low, high)`` (None:
-    anywhere). ``branch``: the samples of a prompt are one until the window (Flow-GRPO-Fast). ``stop`` as for the other
-    methods. ``clip_range``: of the ratio (fast: 1e-5). ``advantage_clip``, ``group_std``: as for ``diffusion-nft``.
+    anywhere). ``branch``: the samples of a prompt are one until the window (Flow-GRPO-Fast as published; as released
+    since, it is a ``cps`` window of 3 without). ``stop`` as for the other methods. ``clip_range``: of the ratio (fast:
+    1e-5). ``advantage_clip``, ``group_std``: as for ``diffusion-nft``.
     ``kl_weight``: of the steps' distance from the frozen backbone's (fast: 0). ``ratio_bound``: a step whose ratio lies
     beyond this factor is left out and counted as ``exploded``.
 
@@ -61,6 +62,10 @@ class FlowGrpo:
     group_std: bool = False
     kl_weight: float = attrs.field(default=0.04, validator=non_negative)
     ratio_bound: float = attrs.field(default=10.0, validator=attrs.validators.gt(1))
+
+    def __attrs_post_init__(self) -> None:
+        if self.window_range is not None and self.window_size is None:
+            raise ConfigError("window_range is where a window of window_size steps may lie; give window_size too.")
 
     def kernel(self) -> Kernel:
         """What draws in the window."""
