@@ -58,12 +58,12 @@ class AlignResult:
 
     def report(self) -> dict[str, Any]:
         """JSON-able: settings, versions, cost, mean reward and one entry a prompt."""
-        found = self.particles
+        found, dropped = self.particles, self.particles.dropped
         entries = [
             {"prompt": prompt, "file": _file(number), "reward": float(self.rewards[number]),
              "best": int(found.best[number]), "particle_rewards": found.rewards[number].tolist(),
              "weights": found.weights[number].tolist(), "ancestry": found.ancestry[number].tolist(),
-             "ess": [float(look.ess[number]) for look in found.history]}
+             "ess": [float(look.ess[number]) for look in found.history], "dropped": int(dropped[number])}
             for number, prompt in enumerate(self.prompts)
         ]  # fmt: skip
         looks = [{"step": look.step, "sigma": look.sigma} for look in found.history]

@@ -66,6 +66,22 @@ def test_rollouts_are_of_the_runs_seed():
         assert run("sample", "monte-carlo", ["0"], steps=2, seed=seed).settings["estimator"]["seed"] == seed
 
 
+class Unsure(Tweedie):
+    """No number for the first of the samples."""
+
+    def __call__(self, *arguments):
+        value = super().__call__(*arguments).clone()
+        value[0] = torch.nan
+        return value
+
+
+def test_particles_without_a_value_are_counted_in_the_report():
+    with pytest.warns(RuntimeWarning, match="these particles are dropped"):
+        result = run("fk-steering", Unsure(LinearReward()), ["0", "1"], particles=4)
+    dropped = [entry["dropped"] for entry in result.report()["samples"]]
+    assert dropped[0] == len(result.particles.history) > 0 and dropped[1] == 0
+
+
 def test_methods_of_one_seed_share_their_starting_noise():
     plain, best = run("sample", None), run("best-of-n", None, particles=6)
     assert torch.equal(best.particles.latents[:, 0], plain.particles.latents[:, 0])
