@@ -53,11 +53,13 @@ def assemble(
     unfit: Mapping[str, str],
 ) -> dict[str, Any]:
     """What ``TABLE.json`` holds: the rows whose cells are there, those that are missing, that have ``failed`` or do not
-    apply, and the rewards that no row is judged by.
+    apply, and the rewards that no row is judged by. ``mixed``: the pairs of which rows were steered by one value model
+    and rows by another of the same source, as after an ask for some rows by another one.
     """
     cells = {e.path: None if e.path in failed else read_cell(e.path) for e in expected}
     plain = {e.pair: cells[e.path] for e in expected if e.row.name == PLAIN}
     rows, missing, inapplicable = [], [], []
+    steered_by: dict[tuple[str, str, str | None], set[str]] = {}
     for each in expected:
         label = {"backbone": each.backbone, "reward": each.reward, "row": each.row.name}
         cell = cells[each.path]
@@ -67,6 +69,8 @@ def assemble(
             inapplicable.append({**label, "reason": cell["not_applicable"]})
         else:
             rows.append(entry(each, cell, plain[each.pair]))
+            if (value := cell["models"]["value"]) is not None:
+                steered_by.setdefault((*each.pair, each.row.source), set()).add(value)
     if table.best:
         mark_best(rows)
     return {
@@ -74,6 +78,8 @@ def assemble(
         "expected": len(expected) - len(inapplicable), "measured": len(rows), "missing": missing,
         "failed": [{"backbone": e.backbone, "reward": e.reward, "row": e.row.name, "error": failed[e.path]}
                    for e in expected if e.path in failed],
+        "mixed": [{"backbone": backbone, "reward": reward, "source": source or backbone}
+                  for (backbone, reward, source), values in steered_by.items() if len(values) > 1],
         "not_applicable": inapplicable, "rewards": [r for r in world.rewards if r not in unfit],
         "unfit_rewards": dict(unfit), "settings": dict(shared), "versions": versions(),
     }  # fmt: skip

@@ -283,7 +283,7 @@ def test_value_models_are_found_where_matrix_writes_them(world, models, tmp_path
 
 
 def test_a_value_model_is_stitched_once_and_anew_for_other_settings(world, tmp_path, stitched):
-    settings = changed(strengths_tweedie=(1.0,))
+    settings = changed(strengths_tweedie=(1.0,), strengths_stitched=(2.0, 3.0))
     for _ in range(2):
         small("table1", tmp_path, rewards=["tiny-aesthetic"], settings=settings)
     assert len(stitched) == 1 and not list((tmp_path / "work").iterdir())
@@ -295,6 +295,12 @@ def test_a_value_model_is_stitched_once_and_anew_for_other_settings(world, tmp_p
     again = by_row(report)
     assert again["dps-stitched-2"]["run"] != rows["dps-stitched-2"]["run"]
     assert again["dps-tweedie-1"] == rows["dps-tweedie-1"], "what reads no value model stays"
+    assert report["mixed"] == []
+    some = small(
+        "table1", tmp_path, rewards=["tiny-aesthetic"], settings=settings, rows=["dps-stitched-2"],
+        scale=attrs.evolve(SCALE, steps=4),
+    )  # fmt: skip
+    assert some["mixed"] == [{"backbone": "one", "reward": "tiny-aesthetic", "source": "one"}]
 
 
 def test_an_interrupted_run_goes_on(world, models, tmp_path, monkeypatch, aligned):

@@ -139,6 +139,9 @@ def _print(report: dict[str, Any], out: Path) -> None:
         print_table(header, rows)
     for row in report["not_applicable"]:
         typer.echo(f"Not applicable: {row['row']} on {row['backbone']} x {row['reward']}: {row['reason']}.")
+    for pair in report["mixed"]:
+        typer.echo(f"Mixed: rows of {pair['backbone']} x {pair['reward']} are by several value models of "
+                   f"{pair['source']}; ask for all of its rows by one.")  # fmt: skip
     for reward, reason in report["unfit_rewards"].items():
         typer.echo(f"Left out: {reward}: {reason}")
     if report["partial"]:
