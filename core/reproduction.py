@@ -24,6 +24,7 @@ from .alignment_result import AlignResult
 from .backbone import Backbone
 from .datasets import judges_of
 from .errors import ConfigError, StitchError
+from .examples import GenerationSettings
 from .files import cache_key, make_folder, write_json, write_text
 from .finetune_settings import FinetuneSettings
 from .loading import load_backbone, load_dataset_plugin, load_reward
@@ -80,7 +81,9 @@ def reproduce(
     scale = scale or Scale()
     learned = attrs.evolve(recipe or named_recipe("quick"), steps=scale.steps, seed=settings.seed)
     dataset = load_dataset_plugin(place.name)()
-    models = ValueModels(given, folder, WorldStitcher(dataset, scale, learned, settings.seed, progress))
+    # a value is that of one sampler: the plain one of the table
+    sampler = GenerationSettings(settings.steps, settings.guidance_scale, settings.seed)
+    models = ValueModels(given, folder, WorldStitcher(dataset, scale, learned, settings.seed, progress, sampler))
     judges = {name: load_reward(name) for name in place.rewards}
     job = _Job(folder, place, settings, dataset, judges, models, progress)
     expected = job.expected(chosen)

@@ -25,6 +25,7 @@ from stitchvm.core import (
     reproduction,
     world_values,
 )
+from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.reproduction_report import columns
 from stitchvm.core.reproduction_tables import TABLES, Pair, Settings
 from stitchvm.core.reproduction_values import misfit
@@ -301,6 +302,16 @@ def test_a_value_model_is_stitched_once_and_anew_for_other_settings(world, tmp_p
         scale=attrs.evolve(SCALE, steps=4),
     )  # fmt: skip
     assert some["mixed"] == [{"backbone": "one", "reward": "tiny-aesthetic", "source": "one"}]
+
+
+def test_samples_that_a_value_model_is_stitched_on_are_of_the_tables_sampler(world, tmp_path):
+    recipe, scale = FinetuneSettings(generated=0.5, batch_size=2), attrs.evolve(SCALE, samples=2)
+    settings = changed(strengths_tweedie=(1.0,))
+    small("table1", tmp_path, rewards=["tiny-clip"], settings=settings, rows=["dps-stitched-2"], recipe=recipe,
+          scale=scale)  # fmt: skip
+    (made,) = (tmp_path / "models").glob("*/made.json")
+    drawn = json.loads(made.read_text())["settings"]["generation"]
+    assert (drawn["steps"], drawn["guidance_scale"]) == (settings.steps, settings.guidance_scale)
 
 
 def test_an_interrupted_run_goes_on(world, models, tmp_path, monkeypatch, aligned):
