@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor, distributed
+from torch import Tensor
 
 import families
 from stitchvm import core
 from stitchvm.core import LoraSettings
 from stitchvm.core.files import read_tensors
-from stitchvm.core.processes import join_group
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
 from test_training import METHODS, lora_of, run
 from training_worlds import Brightness
@@ -45,25 +43,32 @@ from importlib import import_module
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-run = getattr(import_module(sys.argv[2]), sys.argv[3])
-other = os.fork()  # after the imports, which take longer than what is run
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
-run(Path(sys.argv[4]))
-if other:
-    sys.exit(os.waitpid(other, 0)[1] != 0)
+run, started = getattr(import_module(sys.argv[2]), sys.argv[3]), []
+for rank in ("0", "1"):  # after the imports, which take longer than what is run
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = rank
+    started.append(os.fork())
+    if started[-1] == 0:
+        break
+if started[-1] == 0:
+    run(Path(sys.argv[4]))
+else:
+    sys.exit(any([os.waitpid(each, 0)[1] != 0 for each in started]))
 """
 
 
 def start_two(function: Callable[[Path], None], folder: Path) -> subprocess.Popen[bytes]:
     """Two processes of one group (gloo), as a launcher starts them, that run a test module's ``function(folder)``; the
     exit code is 0 where both end well."""
+    arguments = [str(Path(__file__).parent), function.__module__, function.__name__, str(folder)]
+    return subprocess.Popen([sys.executable, "-c", TWO, *arguments], env={**os.environ, **group()})
+
+
+def group() -> dict[str, str]:
+    """What a launcher tells the processes of a group of two (gloo), but their numbers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    here = str(Path(__file__).parent)
-    arguments = [here, function.__module__, function.__name__, str(folder)]
-    return subprocess.Popen([sys.executable, "-c", TWO, *arguments], env={**os.environ, **common})
+    return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
 
 
 def share(folder: Path) -> None:
@@ -78,14 +83,6 @@ def shard(folder: Path) -> None:
     held = sum(parameter.to_local().numel() for parameter in parameters.values())
     whole = sum(parameter.numel() for parameter in parameters.values())
     assert 0.45 * whole < held < 0.55 * whole, (held, whole)
-
-
-def leave(folder: Path) -> None:
-    number = join_group(torch.device("cpu")).process_index
-    time.sleep(2 * number)
-    work: Any = distributed.all_reduce(torch.ones(1), async_op=True)
-    if number:
-        work.wait()
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], begin: dict[str, Tensor]) -> None:
@@ -130,9 +127,27 @@ def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tm
     assert_close({key: two[key] for key in begin}, {key: one[key] for key in begin}, begin)
 
 
-def test_a_process_that_ends_while_gloo_still_works_is_not_aborted(tmp_path):
-    """As one is whose last sum is done while a thread of gloo's still holds its tensor."""
-    assert start_two(leave, tmp_path).wait() == 0
+LEAVING = """
+import time
+import torch
+from torch import distributed
+from stitchvm.core.processes import join_group
+number = join_group(torch.device("cpu")).process_index
+time.sleep(2 * number)
+work = distributed.all_reduce(torch.ones(1), async_op=True)
+if number:
+    work.wait()
+"""
+
+
+def test_a_process_that_ends_while_gloo_still_works_is_not_aborted():
+    """As one is whose last sum is done while a thread of gloo's still holds its tensor, a variable of its script."""
+    common = {**os.environ, **group()}
+    both = [
+        subprocess.Popen([sys.executable, "-c", LEAVING], env={**common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [process.wait() for process in both] == [0, 0]
 
 
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
