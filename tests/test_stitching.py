@@ -62,13 +62,16 @@ def test_a_finetune_goes_on_from_its_own_examples_and_start_alone(tmp_path: Path
         assert len(list((tmp_path / "work").glob("finetune-*"))) == expected, change
 
 
-def test_a_finetune_in_half_precision_goes_on_with_its_scaling(tmp_path: Path) -> None:
+def test_a_finetune_in_half_precision_goes_on_with_its_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"images": torch.rand(8, 3, 16, 16), "interface": (1, 1), "work": tmp_path,
                              "progress": False}  # fmt: skip
     recipe = FinetuneSettings(steps=2, batch_size=2, mixed_precision="fp16")
     core.stitch(mmdit(), clip(), recipe=recipe, **given)
     (state,) = tmp_path.glob("finetune-*/state.safetensors")
-    assert json.loads(read_metadata(state)["scaler"])["_growth_tracker"] == 2
+    kept, restored = json.loads(read_metadata(state)["scaler"]), []
+    monkeypatch.setattr(torch.amp.GradScaler, "load_state_dict", lambda self, scaling: restored.append(scaling))
+    core.stitch(mmdit(), clip(), recipe=recipe, **given)
+    assert kept["_growth_tracker"] == 2 and restored == [kept]
 
 
 def test_a_prompted_recipe_without_prompts_fails_before_anything_is_drawn(tmp_path: Path) -> None:
