@@ -127,13 +127,20 @@ class Pair:
 @attrs.frozen
 class Table:
     """A table or figure: its ``title``, its rows, the method that ``options`` are settings of, the ``further`` methods
-    it can show, and whether the best row of a curve is marked."""
+    it can show, and whether the best row of a curve is marked. ``ignored`` names the settings that no row reads,
+    ``of_further`` those that rows of the further methods alone do."""
 
     title: str
     make: Callable[[Settings, Pair], list[Row]]
     main: str
     further: tuple[str, ...] = ()
     best: bool = False
+    ignored: tuple[str, ...] = ()
+    of_further: tuple[str, ...] = ()
+
+    def unread(self, methods: Sequence[str]) -> tuple[str, ...]:
+        """Names of the settings that change no row of it, shown with these further ``methods``."""
+        return self.ignored if methods else self.ignored + self.of_further
 
 
 def _plain() -> Row:
@@ -221,12 +228,20 @@ def _transfer(settings: Settings, pair: Pair) -> list[Row]:
     return rows
 
 
+_OF_GRADIENTS = ("strengths_tweedie", "strengths_stitched", "normaliser")
+_OF_PARTICLES = ("particles", "proposals", "strength")
+
 TABLES: dict[str, Table] = {
-    "table1": Table("Gradient guidance", _gradients, "dps", best=True),
-    "table2": Table("Particle methods", _particle_methods, "fk-steering", ("svdd", "das")),
-    "fig3": Table("Reward against cost", _scaling, "fk-steering"),
-    "table6": Table("Value models of other backbones", _transfer, "fk-steering", ("dps",)),
-}
+    "table1": Table("Gradient guidance", _gradients, "dps", best=True, ignored=_OF_PARTICLES),
+    "table2": Table("Particle methods", _particle_methods, "fk-steering", ("svdd", "das"), ignored=_OF_GRADIENTS),
+    "fig3": Table(
+        "Reward against cost", _scaling, "fk-steering", ignored=(*_OF_GRADIENTS, "particles", "proposals")
+    ),
+    "table6": Table(
+        "Value models of other backbones", _transfer, "fk-steering", ("dps",), ignored=_OF_GRADIENTS[:1],
+        of_further=_OF_GRADIENTS[1:],
+    ),
+}  # fmt: skip
 """By the paper's name."""
 
 

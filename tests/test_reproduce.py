@@ -337,7 +337,7 @@ def test_an_interrupted_run_goes_on(world, models, tmp_path, monkeypatch, aligne
 
 def test_a_failing_row_does_not_lose_the_others(world, models, run, tmp_path):
     options = ("--rewards", "tiny-clip", "--values", models, "--set", "window=[0.9, 0.1]")
-    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, *options)
+    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, "--particles", 2, *options)
     assert code == 1 and "best of 2" in out and "Left out: tiny-dino" in out
     message = "failed: one x tiny-clip, fk-tweedie-n2: settings of fk-steering: window is (0.9, 0.1)"
     assert message in err
@@ -349,7 +349,7 @@ def test_a_failing_row_does_not_lose_the_others(world, models, run, tmp_path):
 
 def test_rows_by_name_are_done_alone_beside_the_plain_one(world, models, run, tmp_path, aligned):
     options = ("--rewards", "tiny-clip", "--values", models, "--rows", "best-of-2")
-    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, *options)
+    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, "--particles", 2, *options)
     assert code == 0, err
     assert "Partial: 2 of" in out and set(aligned) == {"sample", "best-of-n"}
     found = by_row(json.loads((tmp_path / "table2.json").read_text()))
@@ -372,6 +372,10 @@ def test_a_reward_that_compares_with_images_steers_nothing(world, tmp_path, alig
         (("table1", "--world", "toy", "--normaliser", "rms"), "normaliser is 'rms'; choose one of raw"),
         (("table1", "--world", "toy", "--methods", "svdd"), "table1 cannot show svdd; its further methods: none"),
         (("table2", "--world", "toy", "--methods", "dps"), "its further methods: svdd, das"),
+        (("table1", "--world", "toy", "--strength", "5"), "--strength means nothing here: no row of table1"),
+        (("table2", "--world", "toy", "--normaliser", "norm"), "--normaliser means nothing here: no row of table2"),
+        (("table6", "--world", "toy", "--strengths-stitched", "3"), "--strengths-stitched means nothing here"),
+        (("fig3", "--world", "toy", "--particles", "3"), "--particles means nothing here: no row of fig3"),
         (("table2", "--world", "toy", "--rows", "plain,fk"), "table2 has no row fk; choose from plain, kernel"),
         (("table1", "--world", "toy", "--values", "nowhere"), "values is 'nowhere', which is not a folder"),
     ],

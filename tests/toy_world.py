@@ -67,7 +67,7 @@ path = "dino"
 """
 SCALE = Scale(images=8, steps=2, probes=8)
 SMALL = Settings(prompts=3, steps=3, strengths_tweedie=(1, 5), strengths_stitched=(2,), particles=2)
-OPTIONS = ("--prompts", 3, "--steps", 3, "--images", 8, "--finetune-steps", 2, "--probes", 8, "--particles", 2)
+OPTIONS = ("--prompts", 3, "--steps", 3, "--images", 8, "--finetune-steps", 2, "--probes", 8)
 
 
 def redrawn(place: Path) -> None:

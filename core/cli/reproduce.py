@@ -104,7 +104,7 @@ def command(
         )  # fmt: skip
         return
     from ..reproduction import reproduce
-    from ..reproduction_tables import Settings
+    from ..reproduction_tables import Settings, table_of
 
     settings = Settings(
         prompts=prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch=batch, particles=particles,
@@ -113,6 +113,8 @@ def command(
         strengths_stitched=None if strengths_stitched is None else reals(strengths_stitched, "--strengths-stitched"),
         methods=() if methods is None else names(methods, "--methods"), options=method_settings(context, options or ()),
     )  # fmt: skip
+    unread = table_of(table, settings).unread(settings.methods)
+    refuse_given(context, unread, f"no row of {table} that is asked for reads it.")
     report = reproduce(
         table, world, out, settings=settings, values=values, recipe=read_recipe(recipe, {}), scale=scale, **chosen
     )
