@@ -128,7 +128,9 @@ class _Job:
         """Where a training is: rows of one kind share it, whatever table they are in."""
         shared = {**attrs.asdict(self.scale), "method": row.method, "settings": row.method_settings(self.scale.steps),
                   "training": row.training, "rewards": self.asked}  # fmt: skip
-        for free in ("seeds", "updates", "batch", "windows"):
+        # what a row reads of these is in its own settings, whose others it is not to be told apart by
+        of_rows = ("samples", "levels", "learning_rate", "windows")
+        for free in ("seeds", "updates", "batch", *of_rows):
             shared.pop(free)
         if row.stop is not None:
             if backbone not in self._facts:  # reads the weights, and every report asks for every training's place

@@ -86,6 +86,14 @@ def test_a_training_by_a_given_value_is_known_by_its_weights_and_not_by_how_it_w
         reproduce_training("table3", "toy", tmp_path / "out", value=config.parent, **settings)
 
 
+def test_a_training_is_told_apart_by_the_settings_that_it_reads_alone(world, tmp_path):  # noqa: F811
+    for levels, expected in ((2, {"draft-1": 1, "nft": 1}), (3, {"draft-1": 1, "nft": 2})):
+        scale = attrs.evolve(TINY, seeds=(0,), levels=levels)
+        reproduce_training("table3", "toy", tmp_path, rows=["draft-1", "nft"], scale=scale, progress=False)
+        done = [folder.parent.name.split("--")[1] for folder in tmp_path.glob("trainings/*/train.json")]
+        assert {name: done.count(name) for name in set(done)} == expected
+
+
 def test_samples_that_its_value_is_stitched_on_are_of_the_sampler_in_training(world, tmp_path):  # noqa: F811
     recipe = FinetuneSettings(generated=0.5, batch_size=2)
     reproduce_training(
