@@ -21,7 +21,8 @@ class TrainSettings:
     optimiser steps on one collection. ``learning_rate``, ``weight_decay``, ``clip_norm``: of AdamW (the paper's DRaFT:
     5e-5, 0, 1; DiffusionNFT as released: 3e-4, 1e-4, 1). ``ema_decay``: of the averaged weights that are evaluated and
     saved, at most ``(1 + k) / (10 + k)`` at update ``k``; 0 takes the last ones. ``lora``: None trains the whole
-    network. ``batch``: samples of one network pass; it changes nothing else. ``evaluate_every`` and
+    network. ``batch``: samples of one network pass; it changes nothing else. ``gradient_checkpointing``: run blocks
+    again on the way back, for memory; a run that ran out of it goes on so. ``evaluate_every`` and
     ``checkpoint_every`` count updates. ``shard``: share the trained network, its averages, its old policy and the
     optimiser's moments out over the processes (``lora`` None alone; None: where ``accelerate launch --use_fsdp`` says
     so); it changes nothing else. ``tracker``: any that Accelerate knows (``tensorboard``, ``wandb`` ..; its files

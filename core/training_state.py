@@ -51,7 +51,8 @@ class TrainingRecord:
 
         training = plain(plan)
         # these change no weight
-        for free in ("updates", "batch", "evaluate_every", "checkpoint_every", "tracker", "shard"):
+        for free in ("updates", "batch", "gradient_checkpointing", "evaluate_every", "checkpoint_every", "tracker",
+                     "shard"):  # fmt: skip
             training.pop(free)
         settings = {
             "method": name, "method_settings": plain(method), "training": training,

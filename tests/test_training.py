@@ -114,6 +114,8 @@ def test_a_run_goes_on_with_more_updates_and_refuses_other_settings(tmp_path):
     run(Draft(), tmp_path / "parts", updates=4)
     run(Draft(), tmp_path / "whole", updates=4)
     assert_equal(lora_of(tmp_path / "parts"), lora_of(tmp_path / "whole"))
+    after = run(Draft(), tmp_path / "parts", updates=5, gradient_checkpointing=True)  # as after a lack of memory
+    assert after.record.updates == 5
     with pytest.raises(core.ConfigError, match="method_settings.backward_steps was 1, now 2"):
         run(Draft(backward_steps=2), tmp_path / "whole")
 
