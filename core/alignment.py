@@ -44,6 +44,7 @@ def align(
     seed: int = 0,
     steps: int = 28,
     guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
     resolution: int | tuple[int, int] | None = None,
     reward: str | AnyReward | Sequence[str] | None = None,
     lora: str | Path | None = None,
@@ -61,7 +62,8 @@ def align(
     ``reward``: what picks each prompt's best particle, the value's own by default; the sum of several names.
     ``lora``: the folder of one that the backbone samples with (:func:`~stitchvm.core.train` writes such); a value
     model's head goes on reading the backbone without it. ``guidance_scale`` of
-    classifier-free guidance: 3, or 1 for a backbone whose own embedded guidance needs no second pass. ``particles`` a
+    classifier-free guidance: 3, or 1 for a backbone whose own embedded guidance needs no second pass;
+    ``negative_prompt``: what it leads away from, the empty prompt when None. ``particles`` a
     prompt and ``proposals`` a particle, where the method draws them (default: the method's). ``batch`` bounds the
     samples of one network pass and changes nothing else. ``reuse``: a denoising step finishes the pass that the value
     model's head has begun at the same latent, if any. ``resolution`` in pixels, one number or height and width; the
@@ -88,7 +90,7 @@ def align(
         estimator=estimator, reward=judge, prompts=checked_prompts(prompts),
         particles=aligner.default_particles if particles is None else particles, seed=seed, steps=steps,
         guidance_scale=chosen_guidance(network, guidance_scale), batch=batch,
-        reuse=reuse, lora=None if lora is None else str(lora),
+        reuse=reuse, lora=None if lora is None else str(lora), negative_prompt=negative_prompt,
         resolution=network.native_resolution if resolution is None else resolution,
     )  # fmt: skip
     result = job.run(PartStore.open(out, job.settings()), progress)
@@ -115,6 +117,18 @@ def _divisible(job: _Job, attribute: attrs.Attribute[Size], resolution: Size) ->
 
 def _sides(resolution: Size) -> tuple[int, ...]:
     return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+
+
+def _guiding(job: _Job, attribute: attrs.Attribute[str | None], negative_prompt: str | None) -> None:
+    if negative_prompt is None:
+        return
+    if not isinstance(negative_prompt, str):
+        raise ConfigError(f"negative_prompt is {negative_prompt!r}; give one text for all prompts.")
+    if job.guidance_scale == 1:
+        raise ConfigError(
+            f"negative_prompt is {negative_prompt!r}, but only classifier-free guidance reads it, and there is none at "
+            "a guidance_scale of 1; give another one, or leave negative_prompt out."
+        )
 
 
 def _named_faults(job_class: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
@@ -150,6 +164,7 @@ class _Job:
     batch: int = attrs.field(validator=_AT_LEAST_ONE)
     reuse: bool = True
     lora: str | None = None
+    negative_prompt: str | None = attrs.field(default=None, validator=_guiding)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, JSON-able: what a run to be continued must share."""
@@ -164,6 +179,7 @@ class _Job:
             "particles": self.particles, "seed": self.seed, "steps": self.steps,
             "guidance_scale": float(self.guidance_scale), "reuse": self.reuse, "resolution": self.resolution,
             "prompts": prompts_digest(self.prompts),
+            **({} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}),
         }  # fmt: skip
         # As it will be when read back: tuples become lists.
         return dict(json.loads(json.dumps(settings, default=repr)))
@@ -172,7 +188,8 @@ class _Job:
         """Every prompt that ``store`` does not hold yet, as many at a time as ``batch`` has room for."""
         missing = [number for number in range(len(self.prompts)) if number not in store]
         together = max(1, self.batch // self.particles)
-        null = self.backbone.null_condition()
+        negative = self.negative_prompt
+        null = self.backbone.null_condition() if negative is None else self.backbone.encode_prompts([negative])
         bar = tqdm(
             total=len(self.prompts), initial=len(self.prompts) - len(missing), desc=self.name, disable=not progress,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", mininterval=0.5,

@@ -37,6 +37,7 @@ def steer(
     *,
     num_inference_steps: int = 28,
     guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
     particles: int | None = None,
@@ -52,7 +53,8 @@ def steer(
     ``pipe``: a loaded pipeline that :func:`backbone_from` takes; its modules are shared, its scheduler's settings give
     the noise levels. ``value``, ``method`` and ``settings`` are those of :func:`align` (``reward=`` beside
     ``"tweedie"`` or an estimator, ``strength=``, ``batch=``, ...). ``guidance_scale``: the default of the pipeline's
-    own call when None; embedded where the network was distilled to read it (FLUX). ``height`` and ``width`` in pixels,
+    own call when None; embedded where the network was distilled to read it (FLUX). ``negative_prompt``: one text, as
+    in the pipeline's call; it needs classifier-free guidance. ``height`` and ``width`` in pixels,
     the backbone's own by default. ``generator``: a seed, or a generator that one is drawn from; None is seed 0.
     ``backbone``: the pipeline's, where it is at hand already or needs a name (``backbone_from(pipe, name=...)``).
 
@@ -77,7 +79,7 @@ def steer(
     silent = getattr(pipe, "_progress_bar_config", {}).get("disable", False)
     result = align(
         method, network, value, [prompt] if isinstance(prompt, str) else prompt, particles=particles,
-        seed=_seed(generator), steps=num_inference_steps, guidance_scale=scale,
+        seed=_seed(generator), steps=num_inference_steps, guidance_scale=scale, negative_prompt=negative_prompt,
         resolution=_resolution(height, width, network), **{"progress": not silent, **settings},
     )  # fmt: skip
     images = _images(pipe, network, result, output_type)

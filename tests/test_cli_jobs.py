@@ -110,10 +110,11 @@ def test_several_rewards_share_a_head(run, tmp_path):
     assert report["interface"] == found["best"]
     assert StitchedValue.from_pretrained(value).weights == (1.0, 0.5)
     steer = ("align", "fk-steering", "tiny-sd3", "--value", value, "--prompts", "noise", "--count", 1, "--steps", 3,
-             "--particles", 2, "--out", tmp_path / "run", "--json")  # fmt: skip
+             "--particles", 2, "--negative-prompt", "grey", "--out", tmp_path / "run", "--json")  # fmt: skip
     code, out, err = run(*steer)
     assert code == 0, err
-    assert json.loads(out)["settings"]["reward"]["name"] == "tiny-clip + 0.5 tiny-other"
+    settings = json.loads(out)["settings"]
+    assert (settings["reward"]["name"], settings["negative_prompt"]) == ("tiny-clip + 0.5 tiny-other", "grey")
     code, _, err = run("evaluate", value, "--data", "noise", "--count", 8)
     assert code == 2
     assert "reads tiny-clip, tiny-other; say which" in err

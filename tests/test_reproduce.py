@@ -336,8 +336,8 @@ def test_an_interrupted_run_goes_on(world, models, tmp_path, monkeypatch, aligne
 
 
 def test_a_failing_row_does_not_lose_the_others(world, models, run, tmp_path):
-    options = ("--rewards", "tiny-clip", "--values", models, "--set", "window=[0.9, 0.1]")
-    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, "--particles", 2, *options)
+    options = ("--rewards", "tiny-clip", "--values", models, "--particles", 2, "--set", "window=[0.9, 0.1]")
+    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, *options)
     assert code == 1 and "best of 2" in out and "Left out: tiny-dino" in out
     message = "failed: one x tiny-clip, fk-tweedie-n2: settings of fk-steering: window is (0.9, 0.1)"
     assert message in err
@@ -348,8 +348,8 @@ def test_a_failing_row_does_not_lose_the_others(world, models, run, tmp_path):
 
 
 def test_rows_by_name_are_done_alone_beside_the_plain_one(world, models, run, tmp_path, aligned):
-    options = ("--rewards", "tiny-clip", "--values", models, "--rows", "best-of-2")
-    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, "--particles", 2, *options)
+    options = ("--rewards", "tiny-clip", "--values", models, "--particles", 2, "--rows", "best-of-2")
+    code, out, err = run("reproduce", "table2", "--world", "toy", "--out", tmp_path, *OPTIONS, *options)
     assert code == 0, err
     assert "Partial: 2 of" in out and set(aligned) == {"sample", "best-of-n"}
     found = by_row(json.loads((tmp_path / "table2.json").read_text()))

@@ -88,6 +88,33 @@ def test_the_plain_method_is_the_pipeline(pipelines, kind, guidance):
     assert (other.images - theirs.images).abs().max() > 1e-2, "or else guidance would not be compared"
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "flux"])
+def test_a_negative_prompt_is_the_pipelines(pipelines, kind):
+    pipe, prompts, size = pipelines[kind], ["a red ball", "two cats"], (16, 16)
+    noise = initial_noise(3, [0, 1], 1, (4, 8, 8))[:, 0]
+    settings = {"num_inference_steps": 3, "output_type": "pt", "guidance_scale": 6.0}
+    theirs = own_call(pipe, kind, noise, size, prompt=prompts, negative_prompt=["blurred, grey"] * 2, **settings)
+    ours, result = steer(
+        pipe, None, prompts, "sample", negative_prompt="blurred, grey", generator=3, reward=brightness(),
+        return_particles=True, backbone=with_length(pipe, kind), **settings,
+    )  # fmt: skip
+    torch.testing.assert_close(ours.images, theirs.images, rtol=0, atol=2e-3)
+    without = own_call(pipe, kind, noise, size, prompt=prompts, **settings)
+    assert (without.images - theirs.images).abs().max() > 1e-2, "or else the negative prompt would not be compared"
+    assert result.settings["negative_prompt"] == "blurred, grey"
+
+
+def test_a_head_under_the_empty_prompt_begins_no_pass_of_a_negative_one(pipelines):
+    pipe, backbone, linear = pipelines["sd3"], backbone_from(pipelines["sd3"]), stitched(pipelines["sd3"])
+    branch = Branch(StitchingLayer(backbone.feature_info()[1].num_chs, 6, 8), linear.branches[0].tail)
+    value = StitchedValue(Head(backbone, 1), dict.fromkeys(linear.names, branch), linear.null,
+                          rewards={name: linear.reward(name) for name in linear.names})  # fmt: skip
+    ask = {"num_inference_steps": 3, "particles": 2, "resample_at": (1, 2), "unit": "step", "return_particles": True}
+    for negative, resumed in ((None, 4), ("blurred", 0)):
+        cost = steer(pipe, value, "a", negative_prompt=negative, **ask)[1].cost
+        assert (cost.get("resumed", 0), cost["denoiser"] + cost.get("resumed", 0)) == (resumed, 12)
+
+
 @EACH
 def test_every_kind_of_output(pipelines, kind):
     pipe = pipelines[kind]
@@ -206,7 +233,8 @@ class Mute:
         ({"output_type": "jpeg"}, "output_type is 'jpeg'; choose one of pil, pt, np, latent"),
         ({"seed": 3}, "steer takes generator in the place of seed"),
         ({"num_images_per_prompt": 3}, "steer takes particles in the place of num_images_per_prompt"),
-        ({"negative_prompt": "x"}, "negative_prompt"),
+        ({"negative_prompt": ["x"]}, r"negative_prompt is \['x'\]; give one text for all prompts"),
+        ({"negative_prompt": "x", "guidance_scale": 1.0}, "only classifier-free guidance reads it, and there is none"),
         ({"generator": [1, 2]}, "generator is a list; give one torch.Generator, or a seed"),
         ({"height": 17}, r"resolution is 17 x 16 pixels; \S+ needs multiples of 2"),
         ({"reward": None}, "no reward to choose the best sample by"),

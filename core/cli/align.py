@@ -57,6 +57,9 @@ def command(
         float | None,
         typer.Option(help="Classifier-free guidance; 1 is none (default: 3; 1 if distilled and in training)."),
     ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What classifier-free guidance leads away from.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels (default: the backbone's own).")] = None,
     batch: Annotated[int, typer.Option(help="Samples in memory at a time; changes nothing else.")] = 64,
     reuse: Annotated[bool, typer.Option(help="Let denoising steps finish the value model's passes.")] = True,
@@ -86,7 +89,7 @@ def command(
     steered_by, own = value if estimator is None else estimator, method_settings(context, settings or ())
     judge = None if reward is None else names(reward, "--reward")
     if registry().aligner(method).trains:
-        surplus = ("particles", "proposals", "batch", "reuse", "lora")
+        surplus = ("particles", "proposals", "batch", "reuse", "lora", "negative_prompt")
         refuse_given(context, surplus, f"{method} trains; see --set, and --train batch=N.")
         chosen = {"steps": steps, "guidance_scale": guidance_scale}
         train_and_print(
@@ -99,7 +102,8 @@ def command(
     result = align(
         method, backbone, steered_by, open_prompts(prompts, count, split="test"), particles=particles,
         proposals=proposals, seed=seed, steps=28 if steps is None else steps, guidance_scale=guidance_scale,
-        resolution=resolution, reward=judge, lora=lora, batch=batch, reuse=reuse, out=out, **own,
+        negative_prompt=negative_prompt, resolution=resolution, reward=judge, lora=lora, batch=batch, reuse=reuse,
+        out=out, **own,
     )  # fmt: skip
     if as_json:
         print_json(result.report())
