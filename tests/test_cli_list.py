@@ -293,3 +293,14 @@ def test_unknown_command(run):
     code, _, err = run("lst")
     assert code == 2
     assert "No such command 'lst'" in err
+
+
+@pytest.mark.parametrize(("columns", "folded"), [(None, False), ("300", False), ("60", True)])
+def test_a_table_is_folded_where_there_is_known_to_be_no_room(monkeypatch, capsys, columns, folded):
+    from stitchvm.core.cli.output import print_table
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    print_table(("run", "reward"), [("a/folder/of/some/length" * 4, "0.9501 ± 0.0020")])
+    assert (len(capsys.readouterr().out.splitlines()) > 2) == folded
