@@ -126,8 +126,8 @@ def _guiding(job: _Job, attribute: attrs.Attribute[str | None], negative_prompt:
         raise ConfigError(f"negative_prompt is {negative_prompt!r}; give one text for all prompts.")
     if job.guidance_scale == 1:
         raise ConfigError(
-            f"negative_prompt is {negative_prompt!r}, but only classifier-free guidance reads it, and there is none at "
-            "a guidance_scale of 1; give another one, or leave negative_prompt out."
+            f"negative_prompt is {negative_prompt!r}, but only classifier-free guidance reads it, and there is none "
+            "where guidance_scale is 1 or embedded in the network (FLUX); give another one, or leave negative_prompt out."
         )
 
 

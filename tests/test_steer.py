@@ -245,6 +245,11 @@ def test_mistakes(pipelines, settings, message):
         steer(pipelines["sd3"], None, "a", "sample", **{"reward": brightness(), "num_inference_steps": 1, **settings})
 
 
+def test_embedded_guidance_has_no_negative_prompt(pipelines):
+    with pytest.raises(ConfigError, match="only classifier-free guidance reads it"):
+        steer(pipelines["flux"], None, "a", "sample", reward=brightness(), negative_prompt="x", guidance_scale=3.5)
+
+
 def test_what_is_no_pipeline():
     with pytest.raises(ConfigError, match="Mute does not say what its call returns; pass return_dict=False"):
         steer(Mute(), None, "a")
