@@ -127,7 +127,7 @@ def _guiding(job: _Job, attribute: attrs.Attribute[str | None], negative_prompt:
     if job.guidance_scale == 1:
         raise ConfigError(
             f"negative_prompt is {negative_prompt!r}, but only classifier-free guidance reads it, and there is none "
-            "where guidance_scale is 1 or embedded in the network (FLUX); give another one, or leave negative_prompt out."
+            "where guidance_scale is 1 or embedded in the network (FLUX); give another scale, or leave it out."
         )
 
 
