@@ -92,25 +92,27 @@ def _judgement(axes: Axes, report: Mapping[str, Any], judge: str) -> None:
 
 
 def _costs(axes: Axes, estimators: Mapping[str, Any]) -> None:
-    """Milliseconds a latent on a logarithmic axis: full bars forward, pale ones with the gradient."""
+    """Milliseconds a latent, on a logarithmic axis where they differ tenfold: full bars forward, pale ones with the
+    gradient."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    least = math.inf
+    least, most = math.inf, 0.0
     for row, (name, colour, _) in enumerate(_styles(estimators)):
         cost = estimators[name]["cost"]
         for place, (kind, alpha) in enumerate((("forward", 1.0), ("gradient", 0.45))):
             if kind in cost:
                 time = max(1000 * cost[kind]["seconds"], 1e-3)
-                least = min(least, time)
+                least, most = min(least, time), max(most, time)
                 axes.barh(row + 0.36 * place, time, height=0.34, color=colour, alpha=alpha)
                 axes.annotate(f" {time:.3g}", (time, row + 0.36 * place), va="center", fontsize=8)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.25)
-    # a bar that began at the shortest one's own length would make a half look like nothing
-    axes.set_xlim(left=10 ** (math.ceil(math.log10(least)) - 1))
+    if most >= 10 * least:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        # a bar that began at about the shortest one's own length would make a half look like nothing
+        axes.set_xlim(left=10 ** math.floor(math.log10(least / 2)))
     axes.set_yticks([row + 0.18 for row in range(len(estimators))], list(estimators))
     axes.invert_yaxis()
     decorate(axes, "What one latent costs (pale: with its gradient)", "milliseconds")

@@ -153,14 +153,17 @@ def test_a_missing_detector_leaves_its_panel_out(tmp_path, figures):
     assert [bar.get_width() for bar in axes.patches][-1] == -0.01
 
 
-def test_bars_of_costs_begin_a_decade_below_and_not_at_the_shortest(tmp_path, figures):
+@pytest.mark.parametrize(("longer", "begin"), [(27, 0), (270, 1)])
+def test_bars_of_costs_begin_at_nothing_or_well_below_the_shortest(tmp_path, figures, longer, begin):
     lines = {f"{name}{error}": [0.5] for name in ("rank", "within_slope") for error in ("", "_stderr")}
-    estimators = {name: {**lines, "cost": {"forward": {"seconds": s}}} for name, s in (("a", 0.019), ("b", 0.027))}
+    estimators = {
+        name: {**lines, "cost": {"forward": {"seconds": s}}} for name, s in (("a", 0.011), ("b", longer / 1000))
+    }
     report = {"sigma": [0.5], "prompts": 2, "seeds": 2, "reference": None, "estimators": estimators, "judges": {}}
     diagnosis_panels(report, "ode", tmp_path / "a.png")
     costs = figures[0].axes[-1]
-    assert costs.get_xlim()[0] == 10 and [bar.get_width() for bar in costs.patches] == [19, 27]
-    assert costs.get_xlim()[1] > 27
+    assert costs.get_xlim()[0] == begin and [bar.get_width() for bar in costs.patches] == [11, longer]
+    assert costs.get_xlim()[1] > longer
 
 
 def test_the_loss_curve_smooths_and_refuses_nothing(tmp_path, figures):
