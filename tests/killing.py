@@ -36,7 +36,9 @@ for _ in range(5):
     while not state.exists() or state.stat().st_mtime_ns == seen:
         assert os.waitpid(pid, os.WNOHANG) == (0, 0), "ended without another checkpoint"
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, float(within)))
+    seen, moment = state.stat().st_mtime_ns, time.monotonic() + chance.uniform(0, float(within))
+    while time.monotonic() < moment and state.stat().st_mtime_ns == seen:  # so a fast machine does not end it first
+        time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     assert not (killed / final).exists()
@@ -48,7 +50,8 @@ def whole_and_killed(
     module: str, function: str, place: Path, *rest: str, state: str, final: str, within: float
 ) -> tuple[Path, Path]:
     """The folders of two runs of ``module.function(folder, *rest)``: one undisturbed, one killed five times, each up to
-    ``within`` seconds after a new checkpoint ``state`` and before it wrote ``final``."""
+    ``within`` seconds after a new checkpoint ``state``, at the next one at the latest, and before it wrote ``final``: a
+    run needs eleven checkpoints."""
     whole, killed = place / "whole", place / "killed"
     arguments = (Path(__file__).parent, module, function, whole, killed, state, final, within, *rest)
     with subprocess.Popen([sys.executable, "-c", ZYGOTE, *map(str, arguments)], start_new_session=True) as zygote:

@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_more_updates_and_refuses_other_settings(tmp_path):
 
 
 def to_be_killed(folder: Path, name: str) -> None:
-    run(METHODS[name], folder, updates=8)
+    run(METHODS[name], folder, updates=11)
 
 
 @pytest.mark.parametrize("name", METHODS)
