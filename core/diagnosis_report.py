@@ -40,9 +40,9 @@ def run_diagnosis(
     under ``kernels``, ``seed`` and ``versions``.
 
     ``settings`` are those of :class:`DiagnosisSettings`. Writes ``parts/KERNEL.json`` when a kernel is done, which is
-    not repeated with the same settings, and ``diagnosis-KERNEL.png``; until then what was read is kept in
-    ``parts/KERNEL``, and a rerun goes on there. Raises as :func:`diagnose`, and ``OutputError``
-    when ``out`` cannot be written.
+    not repeated with the same settings, and ``diagnosis-KERNEL.png``, drawn anew every time; until then what was read
+    is kept in ``parts/KERNEL``, and a rerun goes on there. Raises as :func:`diagnose`, and ``OutputError`` when ``out``
+    cannot be written.
     """
     if not kernels:
         raise ConfigError("diagnose: no kernel was given; name at least one, such as {'sde': Sde()}.")
@@ -53,7 +53,7 @@ def run_diagnosis(
     parts = make_folder(folder / "parts")
     found: dict[str, Any] = {}
     for name, kernel in kernels.items():
-        path, picture = parts / f"{name}.json", folder / f"diagnosis-{name}.png"
+        path = parts / f"{name}.json"
         known = diagnosis_settings(
             network, estimators, judge, prompts, checked, kernel, rollout_kernel, tuple(judges or {})
         )
@@ -66,10 +66,8 @@ def run_diagnosis(
             part = diagnosis.report()
             write_json(path, part)
             shutil.rmtree(parts / name)
-            picture.unlink(missing_ok=True)
         found[name] = part
-        if not picture.exists():
-            diagnosis_panels(part, name, picture)
+        diagnosis_panels(part, name, folder / f"diagnosis-{name}.png")
     report = {"kernels": found, "seed": checked.seed, "versions": versions()}
     write_json(folder / REPORT, report)
     return report

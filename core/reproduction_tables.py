@@ -229,6 +229,7 @@ def _transfer(settings: Settings, pair: Pair) -> list[Row]:
 
 
 _OF_GRADIENTS = ("strengths_tweedie", "strengths_stitched", "normaliser")
+_OF_STITCHED_GRADIENTS = ("strengths_stitched", "normaliser")
 _OF_PARTICLES = ("particles", "proposals", "strength")
 
 TABLES: dict[str, Table] = {
@@ -238,8 +239,8 @@ TABLES: dict[str, Table] = {
         "Reward against cost", _scaling, "fk-steering", ignored=(*_OF_GRADIENTS, "particles", "proposals")
     ),
     "table6": Table(
-        "Value models of other backbones", _transfer, "fk-steering", ("dps",), ignored=_OF_GRADIENTS[:1],
-        of_further=_OF_GRADIENTS[1:],
+        "Value models of other backbones", _transfer, "fk-steering", ("dps",), ignored=("strengths_tweedie",),
+        of_further=_OF_STITCHED_GRADIENTS,
     ),
 }  # fmt: skip
 """By the paper's name."""

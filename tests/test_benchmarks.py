@@ -161,6 +161,7 @@ def test_ratios_of_known_figures(guidance):
         "memory, guided / Tweedie-guided": (0.25, False),
         "memory, guided / checkpointing": (0.2, None),
         "proposal / unguided step": (0.2, False),
+        "each of two proposals / unguided step": (0.15, None),
         "Tweedie's estimate / proposal": (9, False),
     }
     noisy = guidance.ratios(figures | {"two-proposals": {"min": 11}, "tweedie": {"failed": "killed by signal 9"}})
