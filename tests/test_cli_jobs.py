@@ -170,6 +170,10 @@ def test_stitch_evaluate_align_and_compare(run, tmp_path):
     )
     code, out, _ = run("evaluate", tmp_path / "plain", tmp_path / "best")
     assert code == 0 and "best-of-n" in out and "±" in out
+    twice = (*(tmp_path / name for name in ("plain", "best")),) * 2
+    assert "same prompts and seed" in run("evaluate", *twice, "--repetitions", 2)[2]
+    code, _, err = run("evaluate", value, "--data", "noise", "--repetitions", 2)
+    assert code != 0 and "runs of align alone are repeated" in err
 
 
 def test_a_value_model_is_finetuned_further(run, tmp_path, monkeypatch):
@@ -253,8 +257,10 @@ def test_skipped_images_are_named(run, tmp_path):
         (("stitch", *PAIR, "--out", "OUT", "--samples", "9"), "--samples means nothing here: the recipe paper takes"),
         (("stitch", *PAIR, "--out", "OUT", "--vae", "--taps", "1"), "--taps means nothing here"),
         (("stitch", *PAIR, "--out", "OUT", "--vae", "--blocks", "2"), "--blocks means nothing here"),
-        (("reproduce", "table1", "--world", "noise", "--out", "OUT", "--set", "normaliser=norm"),
-         "--set normaliser: that is an option of its own, --normaliser"),
+        (
+            ("reproduce", "table1", "--world", "noise", "--out", "OUT", "--set", "normaliser=norm"),
+            "--set normaliser: that is an option of its own, --normaliser",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):

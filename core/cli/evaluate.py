@@ -41,6 +41,9 @@ def command(
     ] = None,
     reward: Annotated[str | None, typer.Option(help="Which of a value model's rewards to measure.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Instead of the value model's own.")] = None,
+    repetitions: Annotated[
+        int, typer.Option(min=1, help="The runs are one comparison made so often with other seeds; pool them.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of data and noise.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write evaluation.json and plots here.")] = None,
     as_json: Json = False,
@@ -48,17 +51,20 @@ def command(
     """Measure a value model by its reward's metric on noisy latents, or compare runs of 'stitchvm align'.
 
     A run is compared with the first by its reward and, with --data, by the share of captions its pictures fulfil.
+    BASE-1 RUN-1 BASE-2 RUN-2 --repetitions 2 compares each run with its own base and pools both.
     """
-    from ..comparison import ALIGN_REPORT
     from ..files import make_folder, write_json
+    from ..run_comparison import ALIGN_REPORT
 
     target = None if out is None else make_folder(out)
     if not ranking:
         refuse_given(context, _OF_RANKING, "they are of --ranking.")
     if all((folder / ALIGN_REPORT).is_file() for folder in folders):
         refuse_given(context, _OF_VALUES, "runs of align are compared as they are.")
-        report, show = _compare(folders, data), _print_runs
+        report = _compare(folders, data, repetitions)
+        show = _print_runs if repetitions == 1 else _print_repetitions
     else:
+        refuse_given(context, ("repetitions",), "runs of align alone are repeated.")
         if len(folders) > 1:
             raise ConfigError("give one value model, or only folders that 'stitchvm align' wrote (with an align.json).")
         if data is None:
@@ -76,11 +82,14 @@ def command(
         show(report)
 
 
-def _compare(folders: Sequence[Path], data: str | None) -> dict[str, Any]:
-    from ..comparison import compare_runs
+def _compare(folders: Sequence[Path], data: str | None, repetitions: int) -> dict[str, Any]:
     from ..loading import load_dataset_plugin
+    from ..run_comparison import compare_repetitions, compare_runs
 
-    return compare_runs(folders, None if data is None else load_dataset_plugin(data)().fulfilled)
+    fulfilled = None if data is None else load_dataset_plugin(data)().fulfilled
+    if repetitions == 1:
+        return compare_runs(folders, fulfilled)
+    return compare_repetitions(folders, repetitions, fulfilled)
 
 
 @attrs.frozen(eq=False)
@@ -179,15 +188,28 @@ def _print_value(report: dict[str, Any]) -> None:
 
 
 def _print_runs(report: dict[str, Any]) -> None:
-    from ..comparison import MeanStderr
-
-    def shown(entry: Mapping[str, Any] | None) -> str:
-        return "" if entry is None else str(MeanStderr(**entry))
-
     keys = ("reward", "gain", "detector", "detector_gain")
     rows = [
-        (run["folder"], run["method"], *(shown(run.get(key)) for key in keys), f"{run['cost']['seconds']:.0f}")
+        (run["folder"], run["method"], *(_mean(run.get(key)) for key in keys), f"{run['cost']['seconds']:.0f}")
         for run in report["runs"]
     ]
     print_table(("run", "method", "reward", "gain", "fulfilled", "gain in it", "seconds"), rows)
     typer.echo(f"{report['prompts']} prompts, seed {report['seed']}; gains are paired with the first run.")
+
+
+def _print_repetitions(report: dict[str, Any]) -> None:
+    for repetition in report["repetitions"]:
+        _print_runs(repetition)
+        typer.echo()
+    rows = [
+        (run["folder"], run["method"], *(_mean(run.get(key)) for key in ("gain", "detector_gain")), str(run["pairs"]))
+        for run in report["pooled"]
+    ]
+    print_table(("run and its repetitions", "method", "gain", "gain in fulfilled", "pairs"), rows)
+    typer.echo("All pairs together; standard errors are clustered by prompt.")
+
+
+def _mean(entry: Mapping[str, Any] | None) -> str:
+    from ..comparison import MeanStderr
+
+    return "" if entry is None else str(MeanStderr(**entry))
