@@ -69,6 +69,7 @@ class _Run:
     rewards: tuple[float, ...]
     seed: int
     reward: str
+    label: dict[str, Any]
     settings: dict[str, Any]
     cost: dict[str, float]
 
@@ -80,6 +81,7 @@ class _Run:
             return cls(
                 folder, tuple(s["prompt"] for s in samples), tuple(s["file"] for s in samples),
                 tuple(float(s["reward"]) for s in samples), int(content["seed"]), str(settings["reward"]["name"]),
+                {"folder": str(folder), "method": settings["method"], "particles": settings["particles"]},
                 dict(settings), dict(content["cost"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
@@ -102,10 +104,6 @@ class _Run:
                 f"{str(self.folder)!r} is no repetition of {str(first.folder)!r}: they differ in their "
                 f"{', '.join(changed)}. Runs that are pooled may differ in seed and prompts alone."
             )
-
-    @property
-    def label(self) -> dict[str, Any]:
-        return {"folder": str(self.folder), **{name: self.settings[name] for name in ("method", "particles")}}
 
     def images(self) -> Tensor:
         """``[N, 3, H, W]`` float32 in [0, 1], in the order of the prompts."""

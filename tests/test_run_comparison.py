@@ -61,9 +61,12 @@ def test_damaged_runs_are_named(tmp_path):
     (run / "1.png").write_text("words")
     with pytest.raises(ArtefactError, match=r"1\.png"):
         compare_runs([run], red)
-    (run / "align.json").write_text("{}")
-    with pytest.raises(ArtefactError, match="not what align writes"):
-        compare_runs([run])
+    whole = json.loads((run / "align.json").read_text())
+    del whole["settings"]["method"]
+    for damaged in ({}, whole):
+        (run / "align.json").write_text(json.dumps(damaged))
+        with pytest.raises(ArtefactError, match="not what align writes"):
+            compare_runs([run])
     with pytest.raises(ArtefactError, match="does not exist"):
         compare_runs([tmp_path])
     with pytest.raises(ConfigError, match="no folder"):
