@@ -228,8 +228,8 @@ def _transfer(settings: Settings, pair: Pair) -> list[Row]:
     return rows
 
 
-_OF_GRADIENTS = ("strengths_tweedie", "strengths_stitched", "normaliser")
 _OF_STITCHED_GRADIENTS = ("strengths_stitched", "normaliser")
+_OF_GRADIENTS = ("strengths_tweedie", *_OF_STITCHED_GRADIENTS)
 _OF_PARTICLES = ("particles", "proposals", "strength")
 
 TABLES: dict[str, Table] = {

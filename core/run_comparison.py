@@ -27,7 +27,7 @@ def compare_runs(folders: Sequence[str | Path], fulfilled: Judge | None = None) 
     the first ``gain`` and ``detector_gain``. Raises ``ArtefactError`` for a folder without a whole run and
     :class:`ConfigError` for runs of different prompts, seeds or rewards, which have no pairs.
     """
-    return _Group.read(folders, fulfilled).report()
+    return _Group.read(folders).judged(fulfilled).report()
 
 
 def compare_repetitions(
@@ -47,12 +47,13 @@ def compare_repetitions(
             "first, then as many of every other one in the same order."
         )
     size = len(folders) // repetitions
-    groups = [_Group.read(folders[start : start + size], fulfilled) for start in range(0, len(folders), size)]
+    groups = [_Group.read(folders[start : start + size]) for start in range(0, len(folders), size)]
     for group in groups[1:]:
         for run, first in zip(group.runs, groups[0].runs, strict=True):
             run.check_repeats(first)
     if len({(group.base.seed, group.base.prompts) for group in groups}) < len(groups):
         raise ConfigError("two repetitions have the same prompts and seed, so they say nothing new; leave one out.")
+    groups = [group.judged(fulfilled) for group in groups]
     return {
         "repetitions": [group.report() for group in groups],
         "pooled": [_pooled(groups, place) for place in range(1, size)],
@@ -135,18 +136,23 @@ class _Group:
     """Runs of the same prompts and seed, the base first; ``detected`` what a detector says of each one's pictures."""
 
     runs: tuple[_Run, ...]
-    detected: tuple[tuple[float, ...], ...] | None
+    detected: tuple[tuple[float, ...], ...] | None = None
 
     @classmethod
-    def read(cls, folders: Sequence[str | Path], fulfilled: Judge | None) -> _Group:
+    def read(cls, folders: Sequence[str | Path]) -> _Group:
         runs = tuple(_Run.read(Path(folder)) for folder in folders)
         if not runs:
             raise ConfigError("there is no folder to compare; give at least one that align wrote.")
         for run in runs[1:]:
             run.check_pairs(runs[0])
+        return cls(runs)
+
+    def judged(self, fulfilled: Judge | None) -> _Group:
+        """With what a detector says, where there is one; it opens every picture, so whatever can be refused is before."""
         if fulfilled is None:
-            return cls(runs, None)
-        return cls(runs, tuple(tuple(fulfilled(run.images(), list(run.prompts)).float().tolist()) for run in runs))
+            return self
+        detected = (fulfilled(run.images(), list(run.prompts)).float().tolist() for run in self.runs)
+        return attrs.evolve(self, detected=tuple(map(tuple, detected)))
 
     @property
     def base(self) -> _Run:

@@ -170,7 +170,7 @@ def test_stitch_evaluate_align_and_compare(run, tmp_path):
     )
     code, out, _ = run("evaluate", tmp_path / "plain", tmp_path / "best")
     assert code == 0 and "best-of-n" in out and "±" in out
-    twice = (*(tmp_path / name for name in ("plain", "best")),) * 2
+    twice = [tmp_path / "plain", tmp_path / "best"] * 2
     assert "same prompts and seed" in run("evaluate", *twice, "--repetitions", 2)[2]
     code, _, err = run("evaluate", value, "--data", "noise", "--repetitions", 2)
     assert code != 0 and "runs of align alone are repeated" in err

@@ -123,8 +123,12 @@ def test_repetitions_on_the_command_line(tmp_path):
 
 def test_what_is_no_repetition_is_refused(tmp_path):
     first = repeated(tmp_path / "0", [1.0, 2.0, 3.0])
+
+    def detector(*_):
+        pytest.fail("pictures are looked at before the runs are known to be repetitions")
+
     with pytest.raises(ConfigError, match="differ in their method"):
-        compare_repetitions([*first, *reversed(repeated(tmp_path / "1", [1.0, 2.0, 3.0], seed=1))], 2)
+        compare_repetitions([*first, *reversed(repeated(tmp_path / "1", [1.0, 2.0, 3.0], seed=1))], 2, detector)
     with pytest.raises(ConfigError, match="same prompts and seed"):
         compare_repetitions([*first, *repeated(tmp_path / "2", [1.0, 2.0, 3.0])], 2)
     for runs, repetitions in ((first, 2), (first * 2, 3), (first, 1), (first * 2, 0)):
