@@ -148,7 +148,7 @@ class _Group:
         return cls(runs)
 
     def judged(self, fulfilled: Judge | None) -> _Group:
-        """With what a detector says, where there is one; it opens every picture, so whatever can be refused is before."""
+        """With what a detector, if any, says of every picture; slow, so what can be refused is refused before."""
         if fulfilled is None:
             return self
         detected = (fulfilled(run.images(), list(run.prompts)).float().tolist() for run in self.runs)
