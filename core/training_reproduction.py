@@ -61,8 +61,8 @@ def reproduce_training(
     recipe: FinetuneSettings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Do every training of ``table`` (``table3``, ``fig4``, ``fig5``, ``fig7``) that is not done, and return what
-    ``TABLE.json`` holds.
+    """Do every training of ``table`` (``table3``, ``fig4``, ``fig5``, ``fig7``, ``fig7-draft``) that is not done, and
+    return what ``TABLE.json`` holds.
 
     The trained reward is the sum of ``rewards`` (default: all of the world that read prompts); what else scores a
     picture alone is held out, and so is the dataset's detector. ``value`` is the folder of a value model of exactly

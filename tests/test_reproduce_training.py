@@ -161,6 +161,9 @@ def test_windows_are_steps_and_never_the_last():
     assert "stop" not in rows["nft"].method_settings(25)
     own = TRAINING_TABLES["fig7"][1](TrainingScale(windows=((7, 12), (10, 10))))
     assert [row.method_settings(10).get("stop") for row in own] == [None, (3, 5), (4, 4)]
+    draft = {row.name: row for row in TRAINING_TABLES["fig7-draft"][1](TrainingScale(windows=((2, 8),)))}
+    assert draft["draft-1-2-8"].method_settings(10) == {"backward_steps": 1, "samples_per_prompt": 8, "stop": (1, 3)}
+    assert draft["draft-1-2-8"].beside == "draft-1" and draft["draft-1"].stop is None
     with pytest.raises(ConfigError, match=r"windows has \[12, 7\]; give the first and last of 1 to 25"):
         TrainingScale(windows=((12, 7),))
 

@@ -27,7 +27,7 @@ def command(
         typer.Argument(
             metavar="TABLE",
             help="table1 (gradients), table2 (particles), fig3 (cost), table6 (transfer); "
-            "of training table3, fig4, fig5, fig7.",
+            "of training table3, fig4, fig5, fig7, fig7-draft.",
         ),
     ],
     world: Annotated[
