@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,22 +26,29 @@ def training_curves(evaluations: Sequence[Mapping[str, Any]], path: Path) -> Non
             decorate(axes, f"{name} ({'held out' if number else 'trained'})", "seconds of training", "mean")
 
 
+def line_styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Colour and line of every row: a stopped training is dashed, in the colour of the plain one that it is ``beside``,
+    or in its own where several stand beside that one (as the windows of figure 7)."""
+    besides = {row["row"]: row["beside"] for row in rows}
+    stopped = Counter(besides.values())
+    shared = {name: beside for name, beside in besides.items() if beside in besides and stopped[beside] == 1}
+    own = [name for name in besides if name not in shared]
+    colours = dict(zip(own, itertools.cycle([BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY]), strict=False))
+    return {name: (colours[shared.get(name, name)], "--" if beside else "-") for name, beside in besides.items()}
+
+
 def comparison_curves(report: Mapping[str, Any], against: str, path: Path) -> None:
     """A row a backbone, a panel a reward: every training's mean by ``seconds`` or denoiser ``passes``, seeds thin."""
     backbones = list(dict.fromkeys(row["backbone"] for row in report["rows"]))
     rewards = list(report["rows"][0]["after"])
-    colours = [BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY]
-    labels = list(dict.fromkeys(row["label"] for row in report["rows"]))
+    lines = line_styles(report["rows"])
     with open_figure(path, 4 * len(rewards), 3.2 * len(backbones)) as figure:
         for place, backbone in enumerate(backbones):
             for column, reward in enumerate(rewards):
                 axes = figure.add_subplot(len(backbones), len(rewards), place * len(rewards) + column + 1)
                 for row in (row for row in report["rows"] if row["backbone"] == backbone):
-                    # a stopped training has its plain one's colour, dashed
-                    own = next((r["label"] for r in report["rows"] if r["row"] == row["beside"]), row["label"])
-                    colour = colours[labels.index(own) % len(colours)]
+                    colour, style = lines[row["row"]]
                     for number, curve in enumerate(row["curves"]):
-                        style = "--" if row["beside"] else "-"
                         label = None if number else row["label"]
                         axes.plot(curve[against], curve[reward], style, color=colour, label=label, linewidth=1)
                 words = "seconds of training" if against == "seconds" else "denoiser passes"

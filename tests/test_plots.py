@@ -13,6 +13,7 @@ from PIL import Image
 from results import matrix_report, search_report, summary
 from stitchvm.core import ConfigError, OutputError, plots
 from stitchvm.core.diagnosis_plots import diagnosis_panels
+from stitchvm.core.training_plots import comparison_curves
 
 PICTURES = {
     "interface": lambda path: plots.interface_heatmap(search_report(), path),
@@ -198,3 +199,25 @@ def test_a_grid_of_unequal_rows_is_refused(tmp_path):
         plots.image_grid({"mine": torch.zeros(2, 3, 4, 4)}, ["a", "b", "c"], tmp_path / "a.png")
     with pytest.raises(ConfigError, match="at least one"):
         plots.image_grid({}, [], tmp_path / "a.png")
+
+
+def trained(row, beside, *seeds):
+    curves = [{"seconds": [0.0, 1.0], "r": [0.1, 0.2]} for _ in seeds]
+    return {"backbone": "b", "row": row, "label": row, "beside": beside, "after": {"r": {}}, "curves": curves}
+
+
+@pytest.mark.parametrize(("rows", "looks"), [
+    ([trained("nft", None, 0, 1), trained("nft-stopped", "nft", 0, 1), trained("grpo", None, 0)],
+     [("nft", "nft", "-"), ("nft-stopped", "nft", "--"), ("grpo", "grpo", "-")]),
+    ([trained("nft", None, 0), trained("nft-2-12", "nft", 0), trained("nft-12-17", "nft", 0)],
+     [("nft", "nft", "-"), ("nft-2-12", "nft-2-12", "--"), ("nft-12-17", "nft-12-17", "--")]),
+    ([trained("nft-stopped", "nft", 0), trained("draft", None, 0)],
+     [("nft-stopped", "nft-stopped", "--"), ("draft", "draft", "-")]),
+], ids=["one stopped form", "several windows", "the plain one missing"])  # fmt: skip
+def test_a_stopped_training_has_its_plain_one_s_colour_unless_others_have_it_too(rows, looks, tmp_path, figures):
+    comparison_curves({"rows": rows}, "seconds", tmp_path / "curves.png")
+    (axes,) = figures[0].axes
+    drawn = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+    assert [name for name in drawn if not name.startswith("_")] == [name for name, _, _ in looks]
+    assert [drawn[name] for name, _, _ in looks] == [(drawn[of][0], style) for _, of, style in looks]
+    assert len({drawn[of][0] for _, of, _ in looks}) == len({of for _, of, _ in looks})
