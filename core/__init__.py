@@ -51,11 +51,12 @@ if TYPE_CHECKING:
         load_reward,
         name_of,
     )
+    from .lora import LoraSettings, with_lora
     from .monte_carlo import MonteCarlo
     from .particles import Particles, Resampling
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
     from .planning import Plan, plan
-    from .policy import LoraSettings, Policy, with_lora
+    from .policy import Policy
     from .problem import Aligner, AlignProblem, Look
     from .ranking import Ranking, rank_seeds
     from .recipes import recipe
@@ -148,7 +149,8 @@ _PUBLIC = {
     "steering": ("steer",),
     "stitching": ("stitch",),
     "swarm": ("Swarm",),
-    "policy": ("LoraSettings", "Policy", "with_lora"),
+    "lora": ("LoraSettings", "with_lora"),
+    "policy": ("Policy",),
     "training": ("TrainResult", "train"),
     "training_problem": ("Experience", "Rows", "StopWindow", "TrainProblem", "TrainingMethod", "Update", "spread_seed"),
     "training_settings": ("TrainSettings",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ from .conditions import Condition
 from .costs import CostMeter
 from .errors import ConfigError
 from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
-from .joint import AnyReward, load_judge
+from .joint import AnyReward, JointReward, load_judge
 from .loading import load_aligner, load_backbone, name_of
+from .lora import with_lora
 from .monte_carlo import MonteCarlo
 from .particles import initial_noise, step_generators
-from .policy import with_lora
 from .problem import Aligner, AlignProblem, BegunPasses
-from .provenance import network_identity, weights_digest
+from .provenance import network_identity, sampled_identity, weights_digest
 from .sampling import Denoiser, chosen_guidance
-from .structuring import plain, structure
+from .structuring import plain, structure, with_config_errors
 from .value import StitchedValue
 
 Value = StitchedValue | Estimator | str | Path | None
@@ -105,18 +106,25 @@ _NAMED: dict[str, Callable[[AnyReward, int], Estimator]] = {
 }
 """Estimators that need nothing but the reward and a seed, by what ``value`` may be instead of a folder."""
 
-_AT_LEAST_ONE = attrs.validators.ge(1)
+_WHOLE: Any = attrs.validators.instance_of(int)
+_AT_LEAST_ONE: Any = [_WHOLE, attrs.validators.ge(1)]
+
+
+def latent_size(backbone: Backbone, resolution: Size | None) -> tuple[int, int]:
+    """Height and width of the latents of images of ``resolution`` pixels, the backbone's own by default.
+
+    Raises :class:`ConfigError` for sides that are no multiples of what one latent covers.
+    """
+    asked = backbone.native_resolution if resolution is None else resolution
+    factor, sides = backbone.latent_factor, (asked, asked) if isinstance(asked, int) else tuple(asked)
+    if len(sides) != 2 or any(side < factor or side % factor for side in sides):
+        shown = " x ".join(map(str, sides)) if sides[1:] != sides[:1] else sides[0]
+        raise ConfigError(f"resolution is {shown} pixels; {name_of(backbone)} needs multiples of {factor}.")
+    return sides[0] // factor, sides[1] // factor
 
 
 def _divisible(job: _Job, attribute: attrs.Attribute[Size], resolution: Size) -> None:
-    factor, sides = job.backbone.latent_factor, _sides(resolution)
-    if len(sides) != 2 or any(side < factor or side % factor for side in sides):
-        shown = " x ".join(map(str, sides)) if sides[1:] != sides[:1] else sides[0]
-        raise ConfigError(f"resolution is {shown} pixels; {name_of(job.backbone)} needs multiples of {factor}.")
-
-
-def _sides(resolution: Size) -> tuple[int, ...]:
-    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+    latent_size(job.backbone, resolution)
 
 
 def _guiding(job: _Job, attribute: attrs.Attribute[str | None], negative_prompt: str | None) -> None:
@@ -131,22 +139,7 @@ def _guiding(job: _Job, attribute: attrs.Attribute[str | None], negative_prompt:
         )
 
 
-def _named_faults(job_class: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
-    """Turn the plain ValueErrors of attrs' own validators into :class:`ConfigError`."""
-    return [field.evolve(validator=_as_config_error(field.validator)) if field.validator else field for field in fields]
-
-
-def _as_config_error(check: Callable[..., None]) -> Callable[..., None]:
-    def checked(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        try:
-            check(instance, attribute, value)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(str(error.args[0])) from error
-
-    return checked
-
-
-@attrs.frozen(eq=False, kw_only=True, field_transformer=_named_faults)
+@attrs.frozen(eq=False, kw_only=True, field_transformer=with_config_errors)
 class _Job:
     """One call of :func:`align`, checked."""
 
@@ -157,7 +150,7 @@ class _Job:
     reward: AnyReward
     prompts: tuple[str, ...]
     particles: int = attrs.field(validator=_AT_LEAST_ONE)
-    seed: int = attrs.field(validator=attrs.validators.ge(0))
+    seed: int = attrs.field(validator=[_WHOLE, attrs.validators.ge(0)])
     steps: int = attrs.field(validator=_AT_LEAST_ONE)
     guidance_scale: float = attrs.field(validator=attrs.validators.ge(0))
     resolution: Size = attrs.field(validator=_divisible)
@@ -171,8 +164,7 @@ class _Job:
         settings = {
             "method": self.name, "method_settings": plain(self.method), "estimator": estimator_identity(self.estimator),
             "backbone": {
-                **network_identity(self.backbone),
-                **({} if self.backbone.guidance is None else {"guidance": self.backbone.guidance}),
+                **sampled_identity(self.backbone),
                 **({} if self.lora is None else {"lora": self.lora}),
             },
             "reward": network_identity(self.reward),
@@ -204,7 +196,7 @@ class _Job:
 
     def _problem(self, numbers: list[int], null: Condition, advance: Callable[[float], object]) -> AlignProblem:
         device, prompts = self.backbone.device, [self.prompts[number] for number in numbers]
-        height, width = (side // self.backbone.latent_factor for side in _sides(self.resolution))
+        height, width = latent_size(self.backbone, self.resolution)
         shape = (self.backbone.latent_channels, height, width)
         condition = self.backbone.encode_prompts(prompts).to(device)
         denoiser = Denoiser(self.backbone, condition, null.to(device), self.guidance_scale)
@@ -277,16 +269,29 @@ def resolve_value(
 
 
 def _own_reward(estimator: Any) -> AnyReward | None:
-    """What an estimator estimates; of a sum, what all its parts do."""
+    """What an estimator estimates; of a sum, what all its parts do, or the sum of what they do."""
     if isinstance(estimator, Stitched):
         return estimator.value.objective()
     if isinstance(estimator, Sum):
         rewards = [_own_reward(part) for part in estimator.estimators]
         known = [reward for reward in rewards if reward is not None]
-        same = len(known) == len(rewards) and len({name_of(reward) for reward in known}) == 1
-        return known[0] if same else None
+        if len(known) < len(rewards):
+            return None
+        return known[0] if len({name_of(one) for one in known}) == 1 else _summed(known, estimator.weights)
     reward: AnyReward | None = getattr(estimator, "reward", None)
     return reward
+
+
+def _summed(rewards: Sequence[AnyReward], weights: Sequence[float]) -> JointReward:
+    """``sum_k weights_k r_k``, each reward that several of them have once."""
+    found: dict[str, Any] = {}
+    total: dict[str, float] = defaultdict(float)
+    for reward, weight in zip(rewards, weights, strict=True):
+        joint = reward if isinstance(reward, JointReward) else JointReward([reward])
+        found |= joint.rewards
+        for name, own in zip(joint.rewards, joint.weights, strict=True):
+            total[name] += weight * own
+    return JointReward(found, list(total.values()))
 
 
 def estimator_identity(estimator: Estimator | None) -> Any:

@@ -6,6 +6,7 @@ of that step. A callback reads them with a value model and hands back others at 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -36,7 +37,7 @@ def _stitched(instance: object, attribute: object, value: Any) -> None:
 
 
 def _prompts(given: str | Sequence[str]) -> tuple[str, ...]:
-    prompts = (given,) if isinstance(given, str) else tuple(given)
+    prompts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"prompt is {given!r}; give the prompt, or the list of them, that the pipeline is given.")
     return prompts
@@ -54,13 +55,21 @@ def _in(*choices: str) -> Any:
     return check
 
 
-def _at_least(low: float, high: float = float("inf")) -> Any:
+def _between(low: float, high: float = math.inf) -> Any:
     def check(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
-        if value is not None and not low <= value <= high:
-            most = "" if high == float("inf") else f" and at most {high:g}"
-            raise ConfigError(f"{attribute.name} is {value:g}; it must be at least {low:g}{most}.")
+        if value is None:
+            return
+        if not isinstance(value, (int, float)) or not low <= value <= high or not math.isfinite(value):
+            least = "a finite number" if low == -math.inf else f"at least {low:g}"
+            most = "" if high == math.inf else f" and at most {high:g}"
+            raise ConfigError(f"{attribute.name} is {value!r}; it must be {least}{most}.")
 
     return check
+
+
+def _whole(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not isinstance(value, int):
+        raise ConfigError(f"{attribute.name} is {value!r}; give a whole number.")
 
 
 @attrs.frozen(eq=False)
@@ -149,7 +158,7 @@ class StepCallback(ABC):
 
     def restart(self) -> None:
         """Forget the call before this one."""
-        self.history, self._prompted = [], None
+        self.history, self._prompted, self._rewarded = [], None, None
 
     @abstractmethod
     def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
@@ -191,7 +200,7 @@ class GuidanceCallback(StepCallback):
     values of the last call as :class:`Guided`, before they were moved.
     """
 
-    strength: float = attrs.field(default=1.0, kw_only=True)
+    strength: float = attrs.field(default=1.0, kw_only=True, validator=_between(-math.inf))
     normalisation: Literal["raw", "unit-rms"] = attrs.field(
         default="raw", kw_only=True, validator=_in("raw", "unit-rms")
     )
@@ -229,12 +238,12 @@ class ResamplingCallback(StepCallback):
     :class:`Resampling` of the last call and ``log_weights [P, N]`` what was carried to its end.
     """
 
-    strength: float = attrs.field(default=10.0, kw_only=True, validator=_at_least(0))
-    interval: int = attrs.field(default=4, kw_only=True, validator=_at_least(1))
+    strength: float = attrs.field(default=10.0, kw_only=True, validator=_between(0))
+    interval: int = attrs.field(default=4, kw_only=True, validator=[_whole, _between(1)])
     resampler: str = attrs.field(default="multinomial", kw_only=True, validator=_in(*RESAMPLERS))
-    ess_threshold: float = attrs.field(default=0.5, kw_only=True, validator=_at_least(0, 1))
-    particles: int | None = attrs.field(default=None, kw_only=True, validator=_at_least(1))
-    seed: int = attrs.field(default=0, kw_only=True, validator=_at_least(0))
+    ess_threshold: float = attrs.field(default=0.5, kw_only=True, validator=_between(0, 1))
+    particles: int | None = attrs.field(default=None, kw_only=True, validator=[_whole, _between(1)])
+    seed: int = attrs.field(default=0, kw_only=True, validator=[_whole, _between(0)])
     log_weights: Tensor | None = attrs.field(default=None, init=False)
     _last: Tensor | None = attrs.field(default=None, init=False)
     _generators: list[torch.Generator] = attrs.field(factory=list, init=False)

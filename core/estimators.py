@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .conditions import Condition
 from .errors import ConfigError
-from .joint import AnyReward
+from .joint import AnyReward, JointReward, share_of
+from .loading import name_of
 from .paths import Prediction, as_sigma
+from .reward import Reward
 from .sampling import Denoiser
 from .value import StitchedValue
 
@@ -83,8 +85,8 @@ class Tweedie:
         return self.reward.rate(images, context.reward_condition)
 
 
-def _listed(estimators: Iterable[Estimator]) -> tuple[Estimator, ...]:
-    return tuple(estimators)
+def _listed(estimators: Iterable[Estimator | StitchedValue]) -> tuple[Estimator, ...]:
+    return tuple(Stitched(each) if isinstance(each, StitchedValue) else each for each in estimators)
 
 
 def _finite(weights: Iterable[float]) -> tuple[float, ...]:
@@ -98,8 +100,9 @@ def _finite(weights: Iterable[float]) -> tuple[float, ...]:
 class Sum:
     """``sum_k weights_k V_k``: several estimators of the same latents as one, such as a stitched value and a Tweedie.
 
-    Parts that read the denoiser share one prediction. Raises :class:`ConfigError` for no estimators, another number of
-    weights, or a weight that is not finite.
+    Parts that read the denoiser share one prediction; parts of different rewards each get what theirs compares with
+    out of a condition for all (that of a :class:`JointReward`). Raises :class:`ConfigError` for no estimators, another
+    number of weights, or a weight that is not finite.
     """
 
     estimators: tuple[Estimator, ...] = attrs.field(converter=_listed)
@@ -129,7 +132,22 @@ class Sum:
         if prediction is None and self._readers() > 1 and bool((level > 0).any()):
             prediction = context.denoiser(latents, level)
         terms = zip(self.weights, self.estimators, strict=True)
-        return torch.stack([weight * part(latents, level, context, prediction) for weight, part in terms]).sum(0)
+        return torch.stack([
+            weight * part(latents, level, _context_of(part, context), prediction) for weight, part in terms
+        ]).sum(0)  # fmt: skip
+
+
+def _context_of(part: Estimator, context: Prompted) -> Prompted:
+    """The context with what the part's own rewards compare with alone; all of it where they are not known."""
+    if isinstance(part, Stitched):
+        own = share_of(context.reward_condition, part.value.names, unpacked=len(part.value.names) == 1)
+    elif isinstance(reward := getattr(part, "reward", None), JointReward):
+        own = share_of(context.reward_condition, tuple(reward.rewards))
+    elif isinstance(reward, Reward):
+        own = share_of(context.reward_condition, (name_of(reward),), unpacked=True)
+    else:
+        return context
+    return attrs.evolve(context, reward_condition=own)
 
 
 @torch.no_grad()

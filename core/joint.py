@@ -103,6 +103,17 @@ def _unpacked(given: Condition, kinds: Mapping[str, ConditionKind]) -> dict[str,
     return {name: Condition(tensors) for name, tensors in parts.items()}
 
 
+def share_of(given: Condition, names: Sequence[str], *, unpacked: bool = False) -> Condition:
+    """What some rewards read of a condition for several, ``unpacked`` as one reads it alone; one for a single reward
+    as it is."""
+    if not any(SEPARATOR in key for key in given.tensors):
+        return given
+    owned = {key: key.rpartition(SEPARATOR) for key in given.tensors}
+    return Condition({
+        name if unpacked else key: given.tensors[key] for key, (owner, _, name) in owned.items() if owner in names
+    })  # fmt: skip
+
+
 def packed(parts: Mapping[str, Condition]) -> Condition:
     """One condition that holds those of several rewards; one of a single sample serves as many as the others have."""
     batch = max(len(part) for part in parts.values())

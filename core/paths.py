@@ -76,9 +76,12 @@ class Prediction:
 
     def distance(self, other: Prediction) -> Tensor:
         """``[B]``: the mean squared difference of two predictions at the same latents, as velocities: ``eps - z0`` on
-        the flow path, ``alpha eps - sigma z0`` (v-prediction) on the variance preserving one. Finite everywhere."""
-        apart = (self.z0 - other.z0).square() + (self.eps - other.eps).square()
-        return apart.flatten(1).mean(1) / (self.path.alpha(self.sigma).square() + self.sigma.square())
+        the flow path, ``alpha eps - sigma z0`` (v-prediction) on the variance preserving one. Finite everywhere.
+
+        Neither holds the latents, so that their gradient is what the networks make of them alone."""
+        level = spread(self.sigma, self.z0)
+        ours, theirs = (self.path.velocity(one.z0, one.eps, level) for one in (self, other))
+        return (ours - theirs).square().flatten(1).mean(1)
 
     def guided(self, gradient: Tensor) -> Prediction:
         """The prediction of a sampler whose score is ``score + gradient`` (``gradient [B, C, H, W]``): guidance, once
@@ -127,6 +130,10 @@ class Path(ABC):
     @abstractmethod
     def sigma_at(self, ratio: Tensor) -> Tensor:
         """The noise level where ``alpha / sigma`` is ``ratio``, in [0, inf]."""
+
+    @abstractmethod
+    def velocity(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        """What a network that predicts velocities on this path predicts of these, without the latents."""
 
     def convert(self, sigma: Tensor, path: Path) -> tuple[Tensor, Tensor]:
         """The level on ``path`` of the same ratio ``alpha / sigma``, and what to multiply latents of this path by to
@@ -184,6 +191,9 @@ class FlowPath(Path):
     def sigma_at(self, ratio: Tensor) -> Tensor:
         return 1 / (1 + ratio)
 
+    def velocity(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        return eps - z0
+
 
 class VariancePreservingPath(Path):
     """Variance preserving (SD 1.5, SDXL): ``sigma = sqrt(1 - alpha_bar)``."""
@@ -198,3 +208,6 @@ class VariancePreservingPath(Path):
 
     def sigma_at(self, ratio: Tensor) -> Tensor:
         return 1 / (1 + ratio.square()).sqrt()
+
+    def velocity(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        return self.alpha(sigma) * eps - sigma * z0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -14,27 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backbone import Backbone
-from .errors import ArtefactError, ConfigError, PluginLoadError, WeightsError
-from .files import make_folder, read_tensors, write_tensors
-from .loading import name_of
+from .errors import ArtefactError, ConfigError
+from .files import make_folder, output_errors, write_tensors
+from .lora import ADAPTER, LORA_FILE, LoraSettings, check_bare, inject
 from .sharding import own_share, shard, shared_like, whole
-
-ADAPTER = "default"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What ``pipe.load_lora_weights`` of diffusers looks for in a folder."""
-
-
-@attrs.frozen
-class LoraSettings:
-    """Low-rank adaptation; the defaults are the paper's (section 6).
-
-    ``rank`` and ``alpha`` (an update is scaled by ``alpha / rank``); ``targets``, the ends of the names of the modules
-    that are adapted: None for the family's own, attention's projections.
-    """
-
-    rank: int = attrs.field(default=32, validator=attrs.validators.ge(1))
-    alpha: int = attrs.field(default=64, validator=attrs.validators.ge(1))
-    targets: tuple[str, ...] | None = None
 
 
 @attrs.frozen(eq=False)
@@ -52,14 +36,13 @@ class Policy:
     mesh: DeviceMesh | None = None
 
     @classmethod
-    def of(
-        cls, backbone: Backbone, lora: LoraSettings | None, seed: int = 0, mesh: DeviceMesh | None = None
-    ) -> Self:
+    def of(cls, backbone: Backbone, lora: LoraSettings | None, seed: int = 0, mesh: DeviceMesh | None = None) -> Self:
         """A policy that begins as ``backbone``: a LoRA's second factor is 0, its first one drawn from ``seed``.
 
-        Raises :class:`ConfigError` for targets that the network has none of and for a LoRA on a mesh,
-        ``PluginLoadError`` without peft.
+        Raises :class:`ConfigError` for targets that the network has none of, for a LoRA on a mesh and for a network
+        that has one already, ``PluginLoadError`` without peft.
         """
+        check_bare(backbone)
         if mesh is not None and lora is not None:
             raise ConfigError(
                 "a LoRA is too small to be sharded: each process holds the frozen network once, whatever it trains. "
@@ -69,7 +52,7 @@ class Policy:
         if lora is None:
             twin.net = copy.deepcopy(backbone.net).float().requires_grad_(True)
         else:
-            _inject(twin, lora, seed)
+            inject(twin, lora, seed)
         if mesh is not None:
             shard(twin, mesh)
         trained = {name: p for name, p in twin.net.named_parameters() if p.requires_grad}
@@ -121,7 +104,12 @@ class Policy:
             return Path(folder)
         folder = make_folder(folder)
         if self.lora is None:
-            net.save_pretrained(folder / component)
+            partial = folder / f"{component}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            with output_errors(partial):
+                net.save_pretrained(partial)
+                shutil.rmtree(folder / component, ignore_errors=True)
+                partial.rename(folder / component)
             return folder
         from peft import get_peft_model_state_dict
 
@@ -138,56 +126,3 @@ class Policy:
             for name, parameter in net.named_parameters():
                 parameter.copy_(whole(self.parameters[name].detach()))
         return net
-
-
-def with_lora(backbone: Backbone, lora: str | Path) -> Backbone:
-    """The backbone with a LoRA over it, as :func:`~stitchvm.core.train` or diffusers saves one: a folder or its
-    ``.safetensors`` file. The one that is given stays as it is, and both share its tensors.
-
-    Raises ``WeightsError`` where there is none or where it adapts anything else than this network, ``PluginLoadError``
-    without peft.
-    """
-    path = Path(lora).expanduser()
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise WeightsError(f"{str(lora)!r} holds no LoRA; give a folder with {LORA_FILE}, or such a file.")
-    twin, there = backbone.sharing(), {name for name, _ in backbone.net.named_modules()}
-    adapted = {name.partition(".lora_")[0] for name in read_tensors(file)}
-    # diffusers would leave out, with a warning, what finds no module
-    if foreign := sorted(adapted - {f"{twin.component}.{name}" for name in there}):
-        raise WeightsError(
-            f"{str(lora)!r} adapts {foreign[0]}, which {name_of(backbone)} does not have. Give a LoRA of its "
-            f"{twin.component} alone, in the format of diffusers."
-        )
-    net: Any = twin.net
-    try:
-        net.load_lora_adapter(
-            str(file.parent), prefix=twin.component, weight_name=file.name, use_safetensors=True, adapter_name=ADAPTER
-        )
-    except ImportError as error:
-        raise PluginLoadError("a LoRA needs peft: pip install 'stitchvm[train]'.") from error
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"{str(lora)!r} does not fit {name_of(backbone)}: {error}") from error
-    net.requires_grad_(False)
-    return twin
-
-
-def _inject(backbone: Backbone, lora: LoraSettings, seed: int) -> None:
-    """Put adapters into the modules of ``backbone.net``, in place."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise PluginLoadError("training with a LoRA needs peft: pip install 'stitchvm[train]'.") from error
-    targets = list(lora.targets or backbone.lora_targets)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inject_adapter_in_model(config, backbone.net, adapter_name=ADAPTER)
-    except ValueError as error:
-        raise ConfigError(
-            f"{type(backbone).__name__} has none of the modules {', '.join(targets)} that a LoRA can adapt: {error}"
-        ) from error
-    for parameter in backbone.net.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

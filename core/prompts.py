@@ -14,8 +14,11 @@ def open_prompts(source: str | Path, count: int | None = None, *, split: str = "
     """Prompts from a dataset that a plugin offers (``count`` different ones of a split), or from a file, one a line.
 
     Empty lines are left out and ``count`` takes the first ones of a file. Raises :class:`DataError` for a missing or
-    empty file, or for a dataset without a ``count``, and ``UnknownNameError`` for a dataset that must be installed.
+    empty file, for a dataset without a ``count`` and for a count below 1, and ``UnknownNameError`` for a dataset that
+    must be installed.
     """
+    if count is not None and count < 1:
+        raise DataError(f"count of prompts is {count}; give a whole number from 1 on.")
     if isinstance(source, str) and (source in registry().datasets or ("dataset", source) in registry().hints):
         if count is None:
             raise DataError(f"dataset {source!r} can make any number of prompts; say how many.")

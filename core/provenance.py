@@ -52,6 +52,12 @@ def network_identity(network: Any) -> dict[str, Any]:
     return {**model_identity(network), "weights": weights_digest(network.net)}
 
 
+def sampled_identity(backbone: Any) -> dict[str, Any]:
+    """JSON-able: :func:`network_identity` of a backbone with the guidance that it is given as a number, if any."""
+    embedded = {} if backbone.guidance is None else {"guidance": backbone.guidance}
+    return {**network_identity(backbone), **embedded}
+
+
 def model_identity(network: Any) -> dict[str, Any]:
     """JSON-able: name, family, repo and revision of a loaded network; a network built by hand has only its class
     name."""

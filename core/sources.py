@@ -38,6 +38,13 @@ def resolve_source(
     return _download(record, record.repo, single, patterns, token, local_files_only)
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub client raises, beside the errors of files."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RevisionResolutionError
+
+    return HfHubHTTPError, HFValidationError, RevisionResolutionError, EntryNotFoundError, ConnectionError
+
+
 def _download(
     record: BackboneRecord | RewardRecord,
     repo: str,
@@ -48,8 +55,8 @@ def _download(
 ) -> Path:
     """One file, or a snapshot; whatever the hub client raises becomes a :class:`WeightsError`."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RevisionResolutionError
 
+    failures: tuple[type[Exception], ...] = (*hub_errors(), OSError)
     try:
         if filename is not None:
             return Path(
@@ -67,7 +74,7 @@ def _download(
                 local_files_only=local_files_only,
             )
         )
-    except (HfHubHTTPError, HFValidationError, RevisionResolutionError, EntryNotFoundError, OSError) as error:
+    except failures as error:
         raise WeightsError(_hub_message(record, error, local_files_only)) from error
 
 

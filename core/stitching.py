@@ -22,7 +22,7 @@ from .finetune_settings import FinetuneSettings
 from .images import ImageSource, open_images
 from .joint import JointReward, checked_weights, load_rewards
 from .loading import load_backbone, name_of
-from .policy import with_lora
+from .lora import with_lora
 from .provenance import network_identity, weights_digest
 from .reward import Reward
 from .sampling import chosen_guidance

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
@@ -31,6 +31,21 @@ def structure(cls: type[T], data: Any, where: str) -> T:
 def plain(instance: Any) -> dict[str, Any]:
     """The instance as nested plain data that :func:`structure` reads back."""
     return dict(_CONVERTER.unstructure(instance))
+
+
+def with_config_errors(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
+    """A ``field_transformer``: attrs' own validators raise :class:`ConfigError` where they would a plain error."""
+    return [field.evolve(validator=_as_config_error(field.validator)) if field.validator else field for field in fields]
+
+
+def _as_config_error(check: Callable[..., None]) -> Callable[..., None]:
+    def checked(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        try:
+            check(instance, attribute, value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error.args[0])) from error
+
+    return checked
 
 
 def _exactly(value: Any, cls: type) -> Any:
@@ -71,7 +86,27 @@ def _explain(error: BaseException, expected: type | None) -> str:
 def _class_hook(cls: type) -> Any:
     """Where a record came from (``source``) is the registry's to say, not a file's."""
     omitted: dict[str, Any] = {f.name: override(omit=True) for f in attrs.fields(cls) if f.name == "source"}
-    return make_dict_structure_fn(cls, _CONVERTER, _cattrs_forbid_extra_keys=True, **omitted)
+    read: Any = make_dict_structure_fn(cls, _CONVERTER, _cattrs_forbid_extra_keys=True, **omitted)
+    return lambda value, wanted: read(_table(value, wanted), wanted)
+
+
+def _list_hook(cls: Any) -> Any:
+    """cattrs would take a text for the list of its letters."""
+    read: Any = _CONVERTER.get_structure_hook(list[get_args(cls)[0]])  # type: ignore[misc]
+    size = None if get_args(cls)[-1] is ... else len(get_args(cls))
+
+    def checked(value: Any, _: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple) or size not in (None, len(value)):
+            raise TypeError(f"expected a list{'' if size is None else f' of {size}'}, got {value!r}")
+        return tuple(read(list(value), list[get_args(cls)[0]]))  # type: ignore[misc]
+
+    return checked
+
+
+def _is_alike(cls: Any) -> bool:
+    """Whether it is a tuple whose entries are all of one type, but for texts, which have a hook of their own."""
+    kinds = set(get_args(cls)) - {...}
+    return get_origin(cls) is tuple and len(kinds) == 1 and kinds != {str}
 
 
 _WORDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
@@ -80,4 +115,5 @@ for _type in _WORDS:
     _CONVERTER.register_structure_hook(_type, _exactly)
 _CONVERTER.register_structure_hook_func(lambda t: t == dict[str, Any], _table)
 _CONVERTER.register_structure_hook_func(lambda t: t == tuple[str, ...], _strings)
+_CONVERTER.register_structure_hook_factory(_is_alike, _list_hook)
 _CONVERTER.register_structure_hook_factory(attrs.has, _class_hook)

@@ -19,12 +19,12 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .alignment import Value, checked_prompts, resolve_method, resolve_value, reward_condition
+from .alignment import Value, checked_prompts, latent_size, resolve_method, resolve_value, reward_condition
 from .backbone import Backbone
 from .costs import KINDS, CostMeter, differentiating
 from .datasets import Judge
 from .errors import ConfigError, NonFiniteError
-from .estimators import Tweedie
+from .estimators import Estimator, Stitched, Sum, Tweedie
 from .files import make_folder
 from .joint import AnyReward, load_judge
 from .loading import load_backbone
@@ -33,6 +33,7 @@ from .processes import join_group
 from .progress import track
 from .seeds import stream_seed
 from .sharding import is_shared, own_share, process_mesh, whole
+from .structuring import structure
 from .training_evaluation import Evaluation, Gallery
 from .training_problem import Experience, Rows, TrainingMethod, TrainProblem, Update
 from .training_settings import TrainSettings
@@ -54,13 +55,13 @@ def train(
     prompts: Sequence[str],
     *,
     out: str | Path,
-    training: TrainSettings | None = None,
+    training: TrainSettings | Mapping[str, Any] | None = None,
     seed: int = 0,
     steps: int = 10,
     guidance_scale: float = 1.0,
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     reward: str | AnyReward | Sequence[str] | None = None,
-    held_out_rewards: Sequence[str | AnyReward] = (),
+    held_out_rewards: str | AnyReward | Sequence[str | AnyReward] = (),
     judges: Mapping[str, Judge] | None = None,
     evaluation_prompts: Sequence[str] | None = None,
     progress: bool = True,
@@ -84,13 +85,16 @@ def train(
     Raises :class:`ConfigError` for bad settings or those of another run in ``out``, ``OutputError`` when ``out`` cannot
     be written, :class:`NonFiniteError` when the loss or a weight is not finite (the last checkpoint is kept).
     """
-    network = load_backbone(backbone)
+    network, folder = load_backbone(backbone), Path(out).expanduser()
     estimator, judge = resolve_value(value, reward, network, seed)
     trainer = resolve_method(method, settings)
     if not hasattr(trainer, "collect"):
         raise ConfigError(f"{type(trainer).__name__} steers samples and trains nothing; use align.")
-    texts, plan = checked_prompts(prompts), training or TrainSettings()
-    accelerator = _accelerator(plan, network, Path(out))
+    if not guidance_scale >= 0:
+        raise ConfigError(f"guidance_scale is {guidance_scale}; give a number from 0 on (1: no guidance).")
+    plan = training_settings(trainer, training)
+    texts, size = checked_prompts(prompts), latent_size(network, resolution)
+    accelerator = _accelerator(plan, network, folder)
     if plan.prompts_per_update % accelerator.num_processes:
         raise ConfigError(
             f"prompts_per_update is {plan.prompts_per_update}, which {accelerator.num_processes} processes cannot "
@@ -98,17 +102,38 @@ def train(
         )
     policy = Policy.of(network, plan.lora, seed, _mesh(plan, accelerator))
     policy.backbone.gradient_checkpointing = plan.gradient_checkpointing
-    side = (resolution or network.native_resolution) // network.latent_factor
+    if plan.head == "policy":
+        estimator = _over_policy(estimator, policy)
     problem = TrainProblem(
         policy, network, estimator or Tweedie(judge), network.encode_prompts(list(texts)),
-        reward_condition(judge, texts), network.null_condition(),
-        network.sigmas(steps, (side, side)).to(network.device), (network.latent_channels, side, side), guidance_scale,
-        seed, plan.batch, policy.another() if trainer.needs_old else None, accelerator.gather,
+        reward_condition(judge, texts), network.null_condition(), network.sigmas(steps, size).to(network.device),
+        (network.latent_channels, *size), guidance_scale, seed,
+        plan.batch, policy.another() if trainer.needs_old else None, accelerator.gather,
     )  # fmt: skip
-    rewards = [judge, *(load_judge(each, network.device) for each in held_out_rewards)]
+    trainer.check(problem)
+    others = held_out_rewards if isinstance(held_out_rewards, Sequence) else [held_out_rewards]
+    others = [others] if isinstance(others, str) else others
+    rewards = [judge, *(load_judge(each, network.device) for each in others)]
     gallery = Gallery.of(problem, checked_prompts(evaluation_prompts or texts[:16]), rewards, judges)
-    run = _Run(problem, trainer, plan, gallery, accelerator, make_folder(out), len(texts))
+    run = _Run(problem, trainer, plan, gallery, accelerator, make_folder(folder), len(texts))
     return run.go(method if isinstance(method, str) else type(method).__name__, texts, progress)
+
+
+def _over_policy(estimator: Estimator | None, policy: Policy) -> Estimator:
+    """A stitched value, or a sum of such, whose heads read the policy's blocks."""
+    if isinstance(estimator, Stitched) and policy.mesh is None:
+        return Stitched(estimator.value.over(policy.backbone))
+    if isinstance(estimator, Sum):
+        return Sum([_over_policy(part, policy) for part in estimator.estimators], estimator.weights)
+    raise ConfigError("head is 'policy', which is for stitched values in unsharded trainings; leave it at 'frozen'.")
+
+
+def training_settings(method: TrainingMethod, given: TrainSettings | Mapping[str, Any] | None) -> TrainSettings:
+    """The settings as they are, or of a mapping, where the method's own defaults come before the others'."""
+    if isinstance(given, TrainSettings):
+        return given
+    own = getattr(method, "training_defaults", {})
+    return structure(TrainSettings, {**own, **(given or {})}, "settings of the training")
 
 
 def _accelerator(plan: TrainSettings, network: Backbone, out: Path) -> Accelerator:
@@ -157,44 +182,48 @@ class _Run:
         )
         state = TrainingState.begin(self.folder, policy, self.problem.old, optimiser, self.plan.ema_decay)
         record = state.restore(TrainingRecord.about(name, self.method, self.plan, self.problem, self.gallery, texts))
+        record.check_evaluated(self.gallery.names, self.folder)
         if self.plan.tracker is not None:
             self.accelerator.init_trackers("stitchvm")
-        if not record.evaluations:
-            self._evaluate(state, record, 0)
+        main = self.accelerator.is_main_process
+        if self._evaluate(state, record, 0) if not record.evaluations else record.best["update"] == record.updates:
+            state.save_best(write=main)  # it was killed before, perhaps
         left = range(record.updates, self.plan.updates)
-        for number in track(left, name, len(left), progress and self.accelerator.is_main_process):
+        for number in track(left, name, len(left), progress and main):
             with CostMeter() as cost:
                 figures = self._update(number, optimiser)
             state.average(number)
             record.add(figures, self._over_all(cost.passes), cost.seconds)
             self.accelerator.log(figures, step=number + 1)
-            last = number + 1 == self.plan.updates
+            last, best = number + 1 == self.plan.updates, False
             if last or (number + 1) % self.plan.evaluate_every == 0:
-                self._evaluate(state, record, number + 1)
-            if last or (number + 1) % self.plan.checkpoint_every == 0:
-                state.save(record, write=self.accelerator.is_main_process)
+                best = self._evaluate(state, record, number + 1)
+            if last or best or (number + 1) % self.plan.checkpoint_every == 0:
+                state.save(record, write=main)
+            if best:  # never ahead of the checkpoint, from which a run may go on with other settings
+                state.save_best(write=main)
         for tracker in self.accelerator.trackers:
             tracker.finish()  # not end_training, which would leave the process group unusable for what comes next
         policy.load(state.averages.tensors())
-        policy.save(self.folder, write=self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
+        policy.save(self.folder, write=main)
+        if main:
             record.write(self.folder)
         return TrainResult(policy, record)
 
-    def _evaluate(self, state: TrainingState, record: TrainingRecord, number: int) -> None:
-        """With averaged weights; every process does, as all hold the same."""
+    def _evaluate(self, state: TrainingState, record: TrainingRecord, number: int) -> bool:
+        """With averaged weights; every process does, as all hold the same. Whether they are the best so far."""
         found: Evaluation = self.gallery.evaluate(self.problem, state.averages.backbone, record.evaluations)
         report = found.report(number, record)
         record.evaluations.append(report)
         main = self.accelerator.is_main_process
         # said by one for all, who must save together: their numbers may differ in the last digit
-        if float(self._summed(torch.tensor(float(main and record.best is report), device=self.problem.device))):
-            state.save_best(write=main)
+        best = float(self._summed(torch.tensor(float(main and record.best is report), device=self.problem.device)))
         means = {f"evaluation/{name}": entry["mean"] for name, entry in report["rewards"].items()}
         self.accelerator.log(means, step=number)
         if main:
             found.save(self.folder / "grids" / f"{number:05d}.png")
             record.write(self.folder)
+        return best > 0
 
     def _update(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         """Collect, and take the optimiser's steps; the figures to log."""
@@ -206,7 +235,8 @@ class _Run:
         if not self._everywhere(all(bool(own_share(p).isfinite().all()) for p in self._parameters())):
             raise NonFiniteError(f"a weight is not finite after update {number}. The last checkpoint is kept.")
         self.method.updated(self.problem, number)
-        return experience.figures | figures
+        share = 1 / self.accelerator.num_processes  # all have as many samples
+        return self._added({name: figure * share for name, figure in experience.figures.items()}) | figures
 
     def _drawn(self, number: int) -> Update:
         """This process's prompts: the next of a list that is shuffled anew each time it is through."""
@@ -225,19 +255,21 @@ class _Run:
             for rows, counts in self._in_step(experience):
                 with self._precision():
                     losses, figures = self.method.loss(self.problem, rows)
-                self.accelerator.backward(losses.sum() * (counts / total))
+                # not Accelerate's backward: what a launcher says of precision and accumulation would scale it
+                (losses.sum() * (counts / total)).backward()
                 for name, figure in ({"loss": float(losses.detach().mean())} | figures).items():
-                    sums[name] += figure * counts * len(rows) / len(experience)
-        if not self._everywhere(math.isfinite(sums["loss"])):
+                    sums[name] += figure * counts * len(rows) / total
+        told = self._added(sums)
+        if not math.isfinite(told["loss"]):
             raise NonFiniteError(
-                f"the loss is {sums['loss']} at update {number}; lower the learning rate. The last checkpoint is kept."
+                f"the loss is {told['loss']} at update {number}; lower the learning rate. The last checkpoint is kept."
             )
         parameters = self._parameters()
         self._join_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip_norm or math.inf)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return dict(sums) | {"gradient_norm": float(whole(norm))}
+        return told | {"gradient_norm": float(whole(norm))}
 
     def _in_step(self, experience: Experience) -> Iterator[tuple[Rows, float]]:
         """The batches, each counting 1. Processes that share a network pass through it together, so one that has fewer
@@ -260,12 +292,21 @@ class _Run:
     def _precision(self) -> torch.autocast:
         """Not Accelerate's own: that of a process's first training would hold for all later ones."""
         return torch.autocast(
-            self.problem.device.type, dtype=torch.bfloat16, enabled=self.plan.mixed_precision == "bf16"
-        )
+            self.problem.device.type, dtype=torch.bfloat16, enabled=self.plan.mixed_precision == "bf16",
+            cache_enabled=False,  # a weight cast without gradient in a rollout would serve the steps that have one
+        )  # fmt: skip
 
     def _summed(self, tensor: Tensor) -> Tensor:
         found: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return found
+
+    def _added(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """What all processes have, added up."""
+        if self.accelerator.num_processes == 1:
+            return dict(figures)
+        names = sorted(figures)
+        own = torch.tensor([figures[name] for name in names], dtype=torch.float64, device=self.problem.device)
+        return dict(zip(names, self._summed(own).tolist(), strict=True))
 
     def _over_all(self, passes: Mapping[str, int]) -> Counter[str]:
         """The passes of all processes."""

@@ -21,6 +21,7 @@ from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
 from .conditions import Condition
 from .datasets import Judge
+from .errors import ConfigError
 from .files import make_folder
 from .joint import AnyReward
 from .loading import name_of
@@ -47,16 +48,36 @@ class Gallery:
         cls, problem: TrainProblem, prompts: Sequence[str], rewards: Sequence[AnyReward],
         judges: Mapping[str, Judge] | None = None,
     ) -> Self:  # fmt: skip
-        """By the rewards' own names; ``judges`` of finished images come after them."""
-        named = {name_of(reward): reward for reward in rewards}
+        """By the rewards' own names; ``judges`` of finished images come after them.
+
+        Raises :class:`ConfigError` for two of one name.
+        """
+        named, judges = {name_of(reward): reward for reward in rewards}, judges or {}
+        if len(named) < len(rewards) or set(named) & set(judges):
+            given = [name_of(reward) for reward in rewards] + list(judges)
+            twice = sorted({name for name in given if given.count(name) > 1})
+            raise ConfigError(f"{', '.join(twice)} is what two evaluations would be called; give it once.")
         noise = initial_noise(problem.seed, range(len(prompts)), 1, problem.latent_shape).flatten(0, 1)
         texts = {name: reward_condition(reward, prompts) for name, reward in named.items()}
         conditions = problem.reference.encode_prompts(list(prompts))
-        return cls(tuple(prompts), noise, conditions, named, texts, judges or {})
+        return cls(tuple(prompts), noise, conditions, named, texts, judges)
 
     def identities(self) -> dict[str, Any]:
         """Which rewards these are, JSON-able."""
         return {name: network_identity(reward) for name, reward in self.rewards.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all that is evaluated, the trained reward first."""
+        return (*self.rewards, *self.judges)
+
+    def _judged(self, name: str, images: Tensor) -> Tensor:
+        scores = torch.as_tensor(self.judges[name](images, list(self.prompts))).float().cpu()
+        if scores.shape != (len(images),):
+            raise ConfigError(
+                f"judge {name!r} gave {list(scores.shape)} for {len(images)} images; give one score each."
+            )
+        return scores
 
     @torch.no_grad()
     def evaluate(self, problem: TrainProblem, backbone: Backbone, before: Sequence[Mapping[str, Any]]) -> Evaluation:
@@ -77,8 +98,7 @@ class Gallery:
             pictures.append(drawn.cpu())
         images = torch.cat(pictures)
         found = {name: torch.cat(scores) for name, scores in parts.items()}
-        found |= {name: torch.as_tensor(judge(images, list(self.prompts))).float().cpu()
-                  for name, judge in self.judges.items()}  # fmt: skip
+        found |= {name: self._judged(name, images) for name in self.judges}
         return Evaluation(found, images, tuple(_fallen(found, before)) if before else ())
 
 
@@ -130,6 +150,6 @@ def _fallen(now: Mapping[str, Tensor], before: Sequence[Mapping[str, Any]]) -> l
 
 
 def _certainty(now: Tensor, then: Sequence[float]) -> float:
-    """The mean change in its standard errors, each prompt beside itself."""
+    """The mean change in its standard errors, each prompt beside itself; 0 of a single prompt, which tells nothing."""
     change = paired_gain(now, then)
-    return change.mean / max(change.stderr or 0.0, 1e-12)
+    return 0.0 if change.stderr is None else change.mean / max(change.stderr, 1e-12)

@@ -26,7 +26,7 @@ def training_curves(evaluations: Sequence[Mapping[str, Any]], path: Path) -> Non
             decorate(axes, f"{name} ({'held out' if number else 'trained'})", "seconds of training", "mean")
 
 
-def line_styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+def _line_styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     """Colour and line of every row: a stopped training is dashed, in the colour of the plain one that it is ``beside``,
     or in its own where several stand beside that one (as the windows of figure 7)."""
     besides = {row["row"]: row["beside"] for row in rows}
@@ -41,7 +41,7 @@ def comparison_curves(report: Mapping[str, Any], against: str, path: Path) -> No
     """A row a backbone, a panel a reward: every training's mean by ``seconds`` or denoiser ``passes``, seeds thin."""
     backbones = list(dict.fromkeys(row["backbone"] for row in report["rows"]))
     rewards = list(report["rows"][0]["after"])
-    lines = line_styles(report["rows"])
+    lines = _line_styles(report["rows"])
     with open_figure(path, 4 * len(rewards), 3.2 * len(backbones)) as figure:
         for place, backbone in enumerate(backbones):
             for column, reward in enumerate(rewards):

@@ -151,19 +151,24 @@ class TrainProblem:
         """Standard normal latents ``[B, C, h, w]``, each from its own seed."""
         return seeded_noise([int(seed) for seed in seeds], self.latent_shape, self.device)
 
-    def stop_step(self, window: StopWindow | None, update: Update) -> int:
-        """How many steps this update's rollouts take: all of them, or uniformly one of the window's.
+    def stops(self, window: StopWindow | None) -> range:
+        """How many steps an update's rollouts may take: all of them, or any of the window's.
 
         Raises :class:`ConfigError` for a window that does not lie in ``1 .. steps``.
         """
-        if window is None:
-            return self.steps
-        low, high = window
+        low, high = (self.steps, self.steps) if window is None else window
         if not 1 <= low <= high <= self.steps:
             raise ConfigError(
                 f"stop is [{low}, {high}]; give the first and last of 1 to {self.steps} sampling steps, in order."
             )
-        return int(torch.randint(low, high + 1, (), generator=self.generator(update, 1)))
+        return range(low, high + 1)
+
+    def stop_step(self, window: StopWindow | None, update: Update) -> int:
+        """How many steps this update's rollouts take: uniformly one of :meth:`stops`, whose errors it raises."""
+        stops = self.stops(window)
+        if len(stops) == 1:
+            return stops[0]
+        return int(torch.randint(stops.start, stops.stop, (), generator=self.generator(update, 1)))
 
     @torch.no_grad()
     def rollout(
@@ -225,11 +230,18 @@ class TrainingMethod(Protocol):
     """A method: an attrs class whose fields are its settings. It takes an estimator and never asks which.
 
     ``samples_per_prompt`` are drawn in an update; ``needs_old``: it samples from a policy that follows the trained one.
+    A method may have ``training_defaults``, a class's mapping of what it is published with of
+    :class:`~stitchvm.core.TrainSettings`.
     """
 
     needs_old: ClassVar[bool]
 
     samples_per_prompt: int
+
+    def check(self, problem: TrainProblem) -> None:
+        """Raise :class:`ConfigError` for settings that some update of this problem could not follow; called before the
+        first one."""
+        ...
 
     def collect(self, problem: TrainProblem, update: Update) -> Experience:
         """What this update learns from, without gradient."""

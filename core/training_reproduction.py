@@ -28,7 +28,7 @@ from .files import cache_key, make_folder, read_json, write_json, write_text
 from .finetune_settings import FinetuneSettings
 from .joint import JointReward
 from .loading import load_backbone, load_dataset_plugin, load_reward
-from .policy import LoraSettings
+from .lora import LoraSettings
 from .provenance import versions
 from .recipes import recipe as named_recipe
 from .reproduction_tables import check_rows

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import attrs
 
-from .policy import LoraSettings
+from .lora import LoraSettings
+from .structuring import with_config_errors
 
-positive: Any = attrs.validators.gt(0)
-at_least_one: Any = attrs.validators.ge(1)
-non_negative: Any = attrs.validators.ge(0)
+positive: Any = attrs.validators.and_(attrs.validators.gt(0), attrs.validators.lt(math.inf))
+optional_positive: Any = attrs.validators.optional(positive)
+at_least_one: Any = [attrs.validators.instance_of(int), attrs.validators.ge(1)]
+non_negative: Any = [attrs.validators.ge(0), attrs.validators.lt(math.inf)]
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=with_config_errors)
 class TrainSettings:
     """What every method's training is made of, beside the method's own settings.
 
     ``updates``: in all. ``prompts_per_update``: over all processes, which share them equally. ``inner_updates``:
     optimiser steps on one collection. ``learning_rate``, ``weight_decay``, ``clip_norm``: of AdamW (the paper's DRaFT:
-    5e-5, 0, 1; DiffusionNFT as released: 3e-4, 1e-4, 1). ``ema_decay``: of the averaged weights that are evaluated and
-    saved, at most ``(1 + k) / (10 + k)`` at update ``k``; 0 takes the last ones. ``lora``: None trains the whole
-    network. ``batch``: samples of one network pass; it changes nothing else. ``gradient_checkpointing``: run blocks
-    again on the way back, for memory; a run that ran out of it goes on so. ``evaluate_every`` and
-    ``checkpoint_every`` count updates. ``shard``: share the trained network, its averages, its old policy and the
-    optimiser's moments out over the processes (``lora`` None alone; None: where ``accelerate launch --use_fsdp`` says
-    so); it changes nothing else. ``tracker``: any that Accelerate knows (``tensorboard``, ``wandb`` ..; its files
-    go to ``OUT/stitchvm``), None for none.
+    5e-5, 0, 1; DiffusionNFT as released: 3e-4, 1e-4, 1; ``clip_norm`` None: no clipping). ``ema_decay``: of the
+    averaged weights that are evaluated and saved, at most ``(1 + k) / (10 + k)`` at update ``k``; 0 takes the last
+    ones. ``lora``: None trains the whole network. ``batch``: samples of one network pass; it changes nothing else.
+    ``gradient_checkpointing``: run blocks again on the way back, for memory; a run that ran out of it goes on so.
+    ``evaluate_every`` and ``checkpoint_every`` count updates. ``shard``: share the trained network, its averages, its
+    old policy and the optimiser's moments out over the processes (``lora`` None alone; None: where ``accelerate launch
+    --use_fsdp`` says so); it changes nothing else. ``tracker``: any that Accelerate knows (``tensorboard``, ``wandb``
+    ..; its files go to ``OUT/stitchvm``), None for none. ``head``: whose blocks a stitched value reads, those of the
+    ``frozen`` backbone, which it was stitched to, or the ``policy``'s, through which its gradient then passes as well.
+
+    Raises ``ConfigError`` for a value out of range.
     """
 
     updates: int = attrs.field(default=100, validator=at_least_one)
@@ -34,9 +40,11 @@ class TrainSettings:
     inner_updates: int = attrs.field(default=1, validator=at_least_one)
     learning_rate: float = attrs.field(default=3e-4, validator=positive)
     weight_decay: float = attrs.field(default=1e-4, validator=non_negative)
-    clip_norm: float = attrs.field(default=1.0, validator=positive)
-    ema_decay: float = attrs.field(default=0.9, validator=[non_negative, attrs.validators.lt(1)])
-    lora: LoraSettings | None = attrs.field(factory=LoraSettings)
+    clip_norm: float | None = attrs.field(default=1.0, validator=optional_positive)
+    ema_decay: float = attrs.field(default=0.9, validator=[attrs.validators.ge(0), attrs.validators.lt(1)])
+    lora: LoraSettings | None = attrs.field(
+        factory=LoraSettings, validator=attrs.validators.optional(attrs.validators.instance_of(LoraSettings))
+    )
     batch: int = attrs.field(default=8, validator=at_least_one)
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16"] = attrs.field(default="no", validator=attrs.validators.in_(("no", "bf16")))
@@ -44,3 +52,6 @@ class TrainSettings:
     checkpoint_every: int = attrs.field(default=10, validator=at_least_one)
     shard: bool | None = None
     tracker: str | None = "tensorboard"
+    head: Literal["frozen", "policy"] = attrs.field(
+        default="frozen", validator=attrs.validators.in_(("frozen", "policy"))
+    )

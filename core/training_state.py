@@ -15,9 +15,10 @@ import torch
 from .alignment_result import check_same
 from .checkpoints import load_optimiser, optimiser_tensors, under
 from .costs import KINDS, peak_memory
+from .errors import ConfigError
 from .files import read_metadata, read_tensors, write_json, write_tensors
 from .policy import Policy
-from .provenance import network_identity, versions
+from .provenance import sampled_identity, versions
 from .structuring import plain
 from .training_evaluation import best_of
 from .training_settings import TrainSettings
@@ -54,9 +55,11 @@ class TrainingRecord:
         for free in ("updates", "batch", "gradient_checkpointing", "evaluate_every", "checkpoint_every", "tracker",
                      "shard"):  # fmt: skip
             training.pop(free)
+        if training["head"] == "frozen":  # as all were before it could be asked for
+            training.pop("head")
         settings = {
             "method": name, "method_settings": plain(method), "training": training,
-            "estimator": estimator_identity(problem.estimator), "backbone": network_identity(problem.reference),
+            "estimator": estimator_identity(problem.estimator), "backbone": sampled_identity(problem.reference),
             "rewards": gallery.identities(), "seed": problem.seed, "steps": problem.steps,
             "guidance_scale": float(problem.guidance_scale), "latent_shape": list(problem.latent_shape),
             "prompts": prompts_digest(prompts), "evaluation_prompts": prompts_digest(gallery.prompts),
@@ -71,6 +74,14 @@ class TrainingRecord:
     def best(self) -> Mapping[str, Any]:
         """The evaluation with the highest mean of the trained reward, whose weights are in ``best``."""
         return best_of(self.evaluations)
+
+    def check_evaluated(self, names: Sequence[str], folder: Path) -> None:
+        """:class:`ConfigError` where what was evaluated so far is not what will be."""
+        if self.evaluations and set(before := list(self.evaluations[0]["scores"])) != set(names):
+            raise ConfigError(
+                f"{str(folder)!r} holds a run evaluated by {', '.join(before)}, now by {', '.join(names)}. Give the "
+                "same held-out rewards and judges, or choose another folder."
+            )
 
     def add(self, figures: dict[str, float], passes: Counter[str], seconds: float) -> None:
         """One more update."""

@@ -103,8 +103,9 @@ def _in_windows(plain: TrainingRow, scale: TrainingScale) -> list[TrainingRow]:
 
 
 def _methods(scale: TrainingScale) -> list[TrainingRow]:
-    fast = {"samples_per_prompt": scale.samples, "sampler": "cps", "noise_level": 0.8, "window_size": 3,
-            "window_range": (0, scale.steps // 2), "clip_range": 1e-5, "kl_weight": 0.0}  # fmt: skip
+    window = min(3, scale.steps - 1)  # the last step is never drawn
+    fast = {"samples_per_prompt": scale.samples, "sampler": "cps", "noise_level": 0.8, "window_size": window,
+            "window_range": (0, max(window, scale.steps // 2)), "clip_range": 1e-5, "kl_weight": 0.0}  # fmt: skip
     grpo = TrainingRow(name="grpo", label="Flow-GRPO-Fast", method="flow-grpo", settings=fast,
                        training={"learning_rate": scale.learning_rate or 3e-4, "inner_updates": 2})  # fmt: skip
     return [

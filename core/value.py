@@ -21,10 +21,12 @@ from .errors import ArtefactError, ConfigError, SliceError
 from .files import read_json
 from .joint import Given, JointReward, checked_weights, shares
 from .layer import StitchingLayer
+from .lora import adapters_of
 from .provenance import weights_digest
 from .reuse import BegunPass
 from .reward import ConditionKind, Reward, RewardOutput, Tail
 from .slicing import Head
+from .sources import hub_errors
 
 
 @attrs.frozen
@@ -72,6 +74,7 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         super().__init__()
         self.prompted = prompted
         self.head = head.requires_grad_(False).eval()
+        self._adapters = adapters_of(head.part)
         self.names = tuple(branches)
         self.branches = nn.ModuleList(branches.values())
         self.weights = checked_weights(self.names, weights)
@@ -118,7 +121,7 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
 
         Raises ``ArtefactError`` when there is none, when it is damaged, or when it belongs to another backbone.
         """
-        path = Path(pretrained_model_name_or_path)
+        path = Path(pretrained_model_name_or_path).expanduser()
         if not (path / artefact.CONFIG).is_file() and (
             path.exists() or str(path).count("/") != 1 or path.is_absolute()
         ):
@@ -127,7 +130,13 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
             )
         if path.is_dir():
             read_json(path / artefact.CONFIG)  # the mixin would parse it first, and fail less clearly
-        loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        try:
+            loaded: Self = super().from_pretrained(str(path), **options)
+        except hub_errors() as error:
+            raise ArtefactError(
+                f"there is no folder {str(path)!r} with a value model here, and as a repository of the hub it cannot "
+                f"be read: {type(error).__name__}: {error}"
+            ) from error
         return loaded
 
     @property
@@ -155,6 +164,21 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         return type(self)(
             self.head, {name: self._branch(name)}, self.null, None, rewards, self.provenance, prompted=self.prompted
         )
+
+    def over(self, backbone: Backbone) -> StitchedValue:
+        """The same layers and tails over the blocks of another backbone of the same architecture, such as a policy,
+        sharing the tensors of both. What of them is trained stays so, and the value's gradient reaches it.
+
+        Raises ``SliceError`` for a backbone that has no such cut.
+        """
+        trained = [p for p in backbone.net.parameters() if p.requires_grad]
+        found = type(self)(
+            Head(backbone, self.head.cut, self.head.taps), {name: self._branch(name) for name in self.names}, self.null,
+            self.weights, self._rewards, self.provenance, prompted=self.prompted,
+        )  # fmt: skip
+        for parameter in trained:  # a head of one's own is frozen
+            parameter.requires_grad_(True)
+        return found
 
     @classmethod
     def together(cls, values: Sequence[StitchedValue], weights: Sequence[float] | None = None) -> Self:
@@ -188,8 +212,15 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
     def features(self, latents: Tensor, sigma: float | Tensor, prompt: Condition | None = None) -> Tensor:
         """``[B, C, H, W]`` backbone features under ``prompt`` (the null prompt if None), counted as ``head``.
 
-        Raises :class:`ConfigError` for a prompt when the model was trained under the null prompt alone.
+        Raises :class:`ConfigError` for a prompt when the model was trained under the null prompt alone, and where a
+        LoRA was put into the backbone (or taken out) since the model was made: the features would be others.
         """
+        if (now := adapters_of(self.head.part)) != self._adapters:
+            raise ConfigError(
+                f"the value model's backbone has {', '.join(sorted(now)) or 'no LoRA'} in it and had "
+                f"{', '.join(sorted(self._adapters)) or 'no LoRA'} when the model was made. Load a model apart from "
+                "the pipeline: StitchedValue.from_pretrained(folder), without backbone=."
+            )
         if prompt is not None and not self.prompted:
             raise ConfigError("this value model's head reads the null prompt alone; leave the backbone's prompt out.")
         backbone = self.head.part

@@ -280,6 +280,9 @@ def test_a_value_that_is_not_finite(pipelines):
         ({"resampler": "best"}, "resampler is 'best'; choose one of .*systematic"),
         ({"ess_threshold": 1.5}, "ess_threshold is 1.5; it must be at least 0 and at most 1"),
         ({"interval": 0}, "interval is 0; it must be at least 1"),
+        ({"interval": 1.5}, "interval is 1.5; give a whole number"),
+        ({"strength": "2"}, "strength is '2'; it must be at least 0"),
+        ({"prompt": None}, "prompt is None; give the prompt"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"height": 64}, "give both height and width"),
     ],
@@ -290,3 +293,5 @@ def test_settings_out_of_range(pipelines, settings, message):
         ResamplingCallback(given.pop("value"), given.pop("prompt"), **given)
     with pytest.raises(ConfigError, match="normalisation is 'none'; choose one of raw, unit-rms"):
         reading(pipelines["sd3"], normalisation="none")
+    with pytest.raises(ConfigError, match="strength is nan; it must be a finite number"):
+        reading(pipelines["sd3"], strength=float("nan"))

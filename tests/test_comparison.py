@@ -96,6 +96,8 @@ def test_prompts_from_a_file(tmp_path, fresh_registry):
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n\n  a blué star \nthird\n", encoding="utf-8")
     assert open_prompts(file) == ["a red circle", "a blué star", "third"]
+    with pytest.raises(DataError, match="count of prompts is -1; give a whole number from 1 on"):
+        open_prompts(str(file), -1)
     assert open_prompts(str(file), 2) == ["a red circle", "a blué star"]
     file.write_text(" \n")
     with pytest.raises(DataError, match="holds no prompt"):

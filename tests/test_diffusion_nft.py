@@ -11,7 +11,9 @@ import torch
 from stitchvm import core
 from stitchvm.core import Prediction
 from stitchvm.core.paths import FlowPath, VariancePreservingPath, spread
+from stitchvm.plugins.aligners.diffusion_dpo import DiffusionDpo
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft, nft_loss
+from stitchvm.plugins.aligners.flow_grpo import FlowGrpo
 from training_worlds import STEPS, UPDATE, Brightness, assert_same, drawn, gradients, problem, rows_of
 
 PATHS = {"flow": FlowPath(), "vp": VariancePreservingPath()}
@@ -180,6 +182,71 @@ def test_nft_regresses_from_where_the_old_policys_rollout_stopped(stop):
     assert sorted(set(found.rows["sigma"].tolist())) == sorted(task.sigmas[:steps].tolist())
     fewer = attrs.evolve(settings, levels=2).collect(task, UPDATE)
     assert len(fewer) == 8 and set(fewer.rows["sigma"].tolist()) <= set(task.sigmas[:steps].tolist())
+
+
+def test_what_is_better_than_its_group_is_more_than_half_good():
+    """``r = 1/2 + clip(A) / (2 clip)``, of advantages written out: the sign is what a training climbs by."""
+    task, settings = problem(moved=0.05), DiffusionNft(samples_per_prompt=4, advantage_clip=1.2)
+    found = settings.collect(task, UPDATE).samples
+    values = torch.tanh(found["anchor"].flatten(1).mean(1)).view(2, 4)
+    deviation = (values - values.mean()).square().mean().sqrt() + 1e-4
+    expected = ((values - values.mean(1, keepdim=True)) / deviation).clamp(-1.2, 1.2) / 2.4 + 0.5
+    torch.testing.assert_close(found["optimality"], expected.flatten())
+    best = values.argmax(1)
+    assert all(float(row[n]) > 0.5 for row, n in zip(found["optimality"].view(2, 4), best, strict=True))
+
+
+def test_nfts_loss_is_the_released_one_of_the_two_networks_with_its_gradient():
+    """The policy's output and the old policy's at the same noised samples; the old one is held still."""
+    task, settings = problem(moved=0.05), DiffusionNft(samples_per_prompt=2, kl_weight=0.0, mix_beta=0.4)
+    rows = rows_of(settings.collect(task, UPDATE))
+    losses, _ = settings.loss(task, rows)
+    clean, t, r = rows["anchor"], spread(rows["sigma"], rows["anchor"]), rows["optimality"]
+    latents, condition = (1 - t) * clean + t * task.noise(rows["seed"]), task.conditions.index(rows.owners)
+    v, v_old = (net.upstream(core.NoisyLatent(latents, rows["sigma"]), condition)
+                for net in (task.policy.backbone, task.old.backbone))  # fmt: skip
+    assert not torch.allclose(v, v_old, atol=1e-3)
+    v_old, expected = v_old.detach(), 0.0
+    for velocity, weight in ((0.4 * v + 0.6 * v_old, r), (1.4 * v_old - 0.4 * v, 1 - r)):
+        error = latents - t * velocity - clean
+        norm = error.abs().mean((1, 2, 3), keepdim=True).detach().clip(min=1e-5)
+        expected = expected + weight * (error**2 / norm).mean((1, 2, 3)) * 5 / 0.4
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    assert_same(gradients(task, losses), gradients(task, expected), 1e-3)
+
+
+def test_a_sample_is_noised_again_by_noise_that_is_not_what_it_began_as():
+    task, settings = problem(), DiffusionNft(samples_per_prompt=2)
+    rows = rows_of(settings.collect(task, UPDATE))
+    began = {int(seed) for seed in task.seeds(UPDATE, 2, 0)}
+    again = [int(seed) for seed in rows["seed"]]
+    assert len(set(again)) == len(again) and not began & set(again)
+
+
+@pytest.mark.parametrize(("error", "expected"), [(1e-2, 1e-2), (1e-6, 1e-12 / 1e-5)])
+def test_a_self_normalised_error_is_its_own_size_until_it_is_nearly_none(error, expected):
+    """Both mixtures miss the anchor by ``error`` everywhere: ``5 e^2 / max(|e|, 1e-5)``."""
+    path, level = FlowPath(), torch.tensor([0.5], dtype=torch.float64)
+    latents = drawn(1, 3, 4, 4)
+    prediction = path.interpret("velocity", drawn(1, 3, 4, 4, seed=1), latents, level)
+    anchor, tau = prediction.anchor(torch.zeros_like(level)) - error, torch.zeros_like(level)
+    found = nft_loss(DiffusionNft(), prediction, prediction, anchor, tau, torch.tensor([0.3], dtype=torch.float64))
+    torch.testing.assert_close(found, 5 * torch.tensor([expected], dtype=torch.float64))
+
+
+class Level:
+    """The noise level that it is asked about."""
+
+    def __call__(self, latents, sigma, context, prediction=None):
+        return sigma.expand(len(latents)).float()
+
+
+@pytest.mark.parametrize("method", [DiffusionNft, DiffusionDpo, FlowGrpo])
+def test_a_value_is_asked_about_the_level_where_the_rollout_stopped(method):
+    task = problem(estimator=Level())
+    for stop in (2, 4):
+        found = method(samples_per_prompt=2, stop=(stop, stop)).collect(task, UPDATE)
+        assert found.figures["value"] == pytest.approx(float(task.sigmas[stop]))
 
 
 def test_nfts_gradient_reaches_the_policy_alone_and_grows_away_from_the_reference():

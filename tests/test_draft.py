@@ -49,6 +49,32 @@ def test_draft_holds_the_policy_to_the_reference():
     torch.testing.assert_close(held - plain, 0.5 * (ours - frozen).square().flatten(1).mean(1), rtol=2e-3, atol=1e-6)
 
 
+def test_the_distance_is_a_mean_over_the_steps_with_gradient_and_has_one():
+    task, settings = problem(moved=0.05), Draft(backward_steps=2, regularisation=0.0)
+    rows = rows_of(settings.collect(task, UPDATE))
+    plain, _ = settings.loss(task, rows)
+    held, _ = attrs.evolve(settings, regularisation=0.5).loss(task, rows)
+    first, condition = STEPS - 2, task.conditions.index(rows.owners)
+    z, expected = by_hand(task, first, first, task.noise(rows["seed"]), rows.owners), 0.0
+    for k in (first, first + 1):
+        u = task.policy.backbone.upstream(core.NoisyLatent(z, task.sigmas[k].expand(2)), condition)
+        with torch.no_grad():
+            frozen = task.reference.upstream(core.NoisyLatent(z, task.sigmas[k].expand(2)), condition)
+        expected = expected + (u - frozen).square().flatten(1).mean(1) / 2
+        z = z + (task.sigmas[k + 1] - task.sigmas[k]) * u
+    torch.testing.assert_close(held - plain, 0.5 * expected, rtol=2e-3, atol=1e-6)
+    assert_same(gradients(task, held - plain), gradients(task, 0.5 * expected), 5e-3)
+
+
+def test_a_value_above_the_margin_is_not_raised_further():
+    task = problem(moved=0.05)
+    rows = rows_of(Draft().collect(task, UPDATE))
+    below, above = (Draft(margin=margin, regularisation=0.0).loss(task, rows)[0] for margin in (5.0, -5.0))
+    plain, _ = Draft(regularisation=0.0).loss(task, rows)
+    torch.testing.assert_close(below, 5.0 + plain)
+    assert not above.any()
+
+
 def test_draft_lv_averages_the_last_step_over_fresh_noise():
     task, settings = problem(moved=0.05), Draft(renoised=3, regularisation=0.0)
     rows = rows_of(settings.collect(task, UPDATE))
@@ -82,8 +108,13 @@ def test_refl_goes_through_the_estimators_own_denoiser_pass():
     expected = torch.relu(2.0 - reward.rate(images, task.reward_conditions.index(rows.owners)))
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     assert_same(gradients(task, losses), gradients(task, expected), 1e-3)
-    with pytest.raises(core.ConfigError, match="backward_steps is 0"):
-        settings.collect(attrs.evolve(task, estimator=Brightness()), UPDATE)
+    held, _ = attrs.evolve(settings, regularisation=0.5).loss(task, rows)
+    frozen = task.reference.upstream(core.NoisyLatent(z, level.expand(2)), task.conditions.index(rows.owners))
+    torch.testing.assert_close(held - losses, 0.5 * (u - frozen).square().flatten(1).mean(1), rtol=2e-3, atol=1e-5)
+    settings.check(task)
+    for other, window in ((Brightness(), (4, 4)), (Tweedie(reward), (4, 5)), (Tweedie(reward), None)):
+        with pytest.raises(core.ConfigError, match="backward_steps is 0"):
+            attrs.evolve(settings, stop=window).check(attrs.evolve(task, estimator=other))
 
 
 def kept_for_backward(task: TrainProblem, settings: Draft) -> int:
@@ -125,5 +156,12 @@ def test_random_truncation_draws_its_depth_and_the_stop_its_step():
 @pytest.mark.parametrize(("stop", "said"), [((0, 3), "stop is \\[0, 3\\]"), ((2, 9), "1 to 5"), ((4, 2), "in order")])
 def test_a_stop_outside_the_steps_is_an_error(stop, said):
     for settings in (Draft(stop=stop), DiffusionNft(samples_per_prompt=2, stop=stop)):
-        with pytest.raises(core.ConfigError, match=said):
-            settings.collect(problem(), UPDATE)
+        for asked in (settings.check, lambda task, settings=settings: settings.collect(task, UPDATE)):
+            with pytest.raises(core.ConfigError, match=said):
+                asked(problem())
+
+
+@pytest.mark.parametrize("back", [0, 1])
+def test_random_truncation_needs_steps_to_draw_from(back):
+    with pytest.raises(core.ConfigError, match="of which nothing can be drawn"):
+        Draft(truncation="random", backward_steps=back)

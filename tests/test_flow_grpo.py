@@ -13,7 +13,8 @@ from stitchvm import core
 from stitchvm.core import Ode, Sde
 from stitchvm.core.paths import FlowPath, spread
 from stitchvm.plugins.aligners.flow_grpo import FlowGrpo, clipped_loss
-from training_worlds import UPDATE, assert_same, drawn, gradients, problem, rows_of
+from test_draft import by_hand
+from training_worlds import STEPS, UPDATE, assert_same, drawn, gradients, problem, rows_of
 
 
 def test_without_noise_grpos_sampler_is_the_ode():
@@ -56,7 +57,7 @@ def test_on_policy_the_ratio_is_exactly_one(settings):
 
 
 def test_grpos_gradient_is_that_of_the_log_probability():
-    """On policy, ``-A grad log p``; and away from it, a numerical derivative along the gradient."""
+    """On policy, ``-A grad log p``."""
     task, settings = problem(moved=0.05), FlowGrpo(samples_per_prompt=2, kl_weight=0.0, clip_range=0.5, window_size=1)
     rows = rows_of(settings.collect(task, UPDATE))
     losses, _ = settings.loss(task, rows)
@@ -71,6 +72,88 @@ def test_grpos_gradient_is_that_of_the_log_probability():
     mean = x * factor[0] + output * factor[1]
     log_prob = Normal(mean, spread(s * (-dt).sqrt(), x)).log_prob(rows["after"]).flatten(1).mean(1)
     assert_same(gradients(task, losses), gradients(task, -rows["advantage"] * log_prob), 1e-3)
+
+
+def test_off_policy_the_gradient_is_a_numerical_one():
+    """Where some ratios are clipped and others are not, along the gradient itself: ``(L(+h) - L(-h)) / 2h``.
+
+    Clipped rows hold still, so that the derivative is that of a smooth function; float32 leaves three digits.
+    """
+    task = problem(moved=0.05)
+    settings = FlowGrpo(samples_per_prompt=4, kl_weight=0.0, clip_range=1e-3, ratio_bound=1e6)
+    rows = rows_of(settings.collect(task, UPDATE))
+    parameters = task.policy.parameters
+
+    def shift(by: dict[str, torch.Tensor], size: float) -> None:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(size * by[name])
+
+    shift({name: drawn(*p.shape, seed=len(name)).float() for name, p in parameters.items()}, 0.02)
+    losses, _ = settings.loss(task, rows)
+    found = gradients(task, losses)
+    whole = attrs.evolve(settings, clip_range=100.0)
+    free = gradients(task, whole.loss(task, rows)[0])
+    assert any(not torch.allclose(found[name], free[name], rtol=1e-2) for name in found)  # some are clipped
+    norm = math.sqrt(sum(float(g.square().sum()) for g in found.values()))
+    direction, size = {name: g / norm for name, g in found.items()}, 2e-3
+    means = []
+    for step in (size, -2 * size):
+        shift(direction, step)
+        with torch.no_grad():
+            means.append(float(settings.loss(task, rows)[0].double().mean()))
+    assert (means[0] - means[1]) / (2 * size) == pytest.approx(norm, rel=0.05)
+
+
+def test_the_distance_from_the_reference_is_that_of_the_steps_means():
+    """``|mean - mean_ref|^2 / (2 s^2)``, a mean over the dimensions; ``s`` is the step's noise in a unit of time."""
+    task, settings = problem(moved=0.05), FlowGrpo(samples_per_prompt=2, kl_weight=0.0)
+    rows = rows_of(settings.collect(task, UPDATE))
+    plain, _ = settings.loss(task, rows)
+    held, figures = attrs.evolve(settings, kl_weight=2.0).loss(task, rows)
+    x, steps, condition = rows["before"], rows["step"], task.conditions.index(rows.owners)
+    sigma, dt = task.sigmas[steps], task.sigmas[steps + 1] - task.sigmas[steps]
+    ours, frozen = (
+        net.upstream(core.NoisyLatent(x, sigma), condition) for net in (task.policy.backbone, task.reference)
+    )
+    s = settings.noise_level * (sigma / (1 - torch.where(sigma == 1, task.sigmas[1], sigma))).sqrt()
+    factor = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+    expected = (factor**2) * (ours - frozen).square().flatten(1).mean(1) / (2 * s**2)
+    torch.testing.assert_close(held - plain, 2 * expected, rtol=2e-3, atol=1e-6)
+    assert_same(gradients(task, held - plain), gradients(task, 2 * expected), 5e-3)
+    assert figures["divergence"] == pytest.approx(float(expected.detach().mean()), rel=2e-3)
+
+
+@pytest.mark.parametrize("sampler", ["sde", "cps"])
+@pytest.mark.parametrize("stop", [None, (3, 3)])
+def test_with_hardly_any_noise_a_sample_is_the_odes_and_read_where_it_stops(sampler, stop):
+    task = problem(moved=0.05)
+    settings = FlowGrpo(samples_per_prompt=2, sampler=sampler, noise_level=1e-6, stop=stop)
+    found = settings.collect(task, UPDATE)
+    steps, owners = STEPS if stop is None else 3, torch.tensor([0, 0, 1, 1])
+    clean = by_hand(task, steps, steps, task.noise(task.seeds(UPDATE, 2, 0)), owners)
+    assert found.figures["value"] == pytest.approx(float(torch.tanh(clean.flatten(1).mean(1)).mean()), abs=2e-5)
+    assert found.figures["stop"] == steps
+
+
+def test_a_window_begins_anywhere_in_its_range():
+    task, settings = problem(), FlowGrpo(samples_per_prompt=2, window_size=1, window_range=(1, 4))
+    begun = {settings.window(task, attrs.evolve(UPDATE, number=n), STEPS)[0] for n in range(40)}
+    assert begun == {1, 2, 3}
+
+
+def test_an_advantage_is_clipped():
+    task, settings = problem(), FlowGrpo(samples_per_prompt=4, advantage_clip=0.5)
+    found = settings.collect(task, UPDATE).samples["advantage"]
+    assert float(found.max()) == 0.5 and float(found.min()) >= -0.5
+
+
+def test_the_released_cps_likelihood_is_a_mean_without_its_variance():
+    settings, task = FlowGrpo(samples_per_prompt=2, sampler="cps"), problem(moved=0.05)
+    latents, steps = task.noise(torch.tensor([1, 2])), torch.tensor([1, 2])
+    transition = settings.transition(task, latents, steps, torch.tensor([0, 1]))
+    found = settings.log_prob(transition, transition.mean + 0.5)
+    torch.testing.assert_close(found, torch.full((2,), -0.25))
 
 
 def test_grpos_loss_is_the_pessimistic_one_of_both_ratios():
@@ -113,3 +196,15 @@ def test_a_window_that_does_not_fit_is_an_error(fields, said):
 def test_where_a_window_lies_says_nothing_without_one():
     with pytest.raises(core.ConfigError, match="give window_size too"):
         FlowGrpo(window_range=(0, 2))
+
+
+@pytest.mark.parametrize(("fields", "steps", "said"), [
+    ({"window_size": 3, "stop": (2, 4)}, 5, "a window of 3 steps in \\[0, 2\\).*stops after 2 of 5"),
+    ({}, 1, "does not fit the 0 steps that can draw"),
+])  # fmt: skip
+def test_a_window_must_fit_wherever_a_rollout_stops(fields, steps, said):
+    task = problem()
+    side = task.latent_shape[-1]
+    task = attrs.evolve(task, sigmas=task.reference.sigmas(steps, (side, side)))
+    with pytest.raises(core.ConfigError, match=said):
+        FlowGrpo(samples_per_prompt=2, **fields).check(task)

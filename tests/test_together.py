@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from stitchvm import core
-from stitchvm.core import ConfigError, CostMeter, StitchedValue, artefact
+from stitchvm.core import ConfigError, CostMeter, Stitched, StitchedValue, Sum, Tweedie, artefact
 from stitchvm.core.stitching import joined
 from stitchvm.core.value import Interface
 from test_joint import AESTHETIC, DFN, HPS, PROBES, PROMPTS, alone, made, sd3, twin
@@ -58,3 +60,21 @@ def test_only_values_of_one_head_and_of_different_rewards_go_together() -> None:
     asking.prompted = True
     with pytest.raises(core.ArtefactError, match="trained under prompts False and True"):
         StitchedValue.together([value, asking])
+
+
+def test_a_sum_of_values_gives_each_reward_its_own_text() -> None:
+    """What the same values read together give, and what Tweedie's estimates of the single rewards add up to."""
+    value = made((DFN, HPS), (2.0, -0.5))
+    asked: dict[str, Any] = {"prompts": PROMPTS, "particles": 2, "steps": 2, "seed": 1, "progress": False}
+    whole = core.align("best-of-n", sd3(), value, **asked)
+    parts = Sum([value.alone(DFN), Stitched(value.alone(HPS))], (2.0, -0.5))
+    summed = core.align("best-of-n", sd3(), parts, **asked)
+    assert torch.equal(summed.rewards, whole.rewards)
+    guided: dict[str, Any] = {**asked, "strength": 0.1}
+    apart = core.align("dps", sd3(), parts, **guided)
+    together = core.align("dps", sd3(), value, **guided)
+    torch.testing.assert_close(apart.particles.latents, together.particles.latents)
+    mixed = Sum([value.alone(DFN), Tweedie(twin(HPS))], (1.0, 1.0))
+    assert core.align("dps", sd3(), mixed, **guided).rewards.isfinite().all()
+    with pytest.raises(ConfigError, match=f"the value estimates 2 {DFN}.*but reward is {HPS}"):
+        core.align("dps", sd3(), parts, reward=twin(HPS), **guided)

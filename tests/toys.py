@@ -92,6 +92,9 @@ class Trainer:
         error = (found.z0 - clean).square().flatten(1).mean(1)
         return rows["advantage"] * error, {"error": float(error.detach().mean())}
 
+    def check(self, problem):
+        pass
+
     def updated(self, problem, number):
         problem.old.follow(problem.policy, 0.5)
 

@@ -69,7 +69,7 @@ def command(
     from ..diagnosis_report import run_diagnosis
     from ..kernels import KERNELS
     from ..loading import load_backbone
-    from ..policy import with_lora
+    from ..lora import with_lora
     from ..prompts import judges_of_prompts, open_prompts
 
     if kernel != "both" and kernel not in KERNELS:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
 from .align import method_settings
 from .options import names, reals, refuse_given
 from .output import Json, print_json, print_table
@@ -104,8 +105,10 @@ def command(
         )  # fmt: skip
         return
     from ..reproduction import reproduce
-    from ..reproduction_tables import Settings, table_of
+    from ..reproduction_tables import TABLES, Settings, table_of
 
+    if table not in TABLES:
+        raise ConfigError(f"unknown table {table!r}; choose one of {', '.join((*TABLES, *TRAINING_TABLES))}.")
     settings = Settings(
         prompts=prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch=batch, particles=particles,
         proposals=proposals, strength=strength, normaliser=normaliser,

@@ -26,14 +26,12 @@ def train_and_print(
 
     from ..prompts import judges_of_prompts, open_prompts
     from ..registries import registry
-    from ..structuring import structure
     from ..training import train
-    from ..training_settings import TrainSettings
     from ..training_state import BEST
 
     prompts = open_prompts(source, count, split="train")
     watched = open_prompts(source, EVALUATED, split="test") if source in registry().datasets else None
-    plan = structure(TrainSettings, key_values(training, "--train", "updates=200"), "settings of the training")
+    plan = key_values(training, "--train", "updates=200")
     record = train(
         method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched,
         judges=judges_of_prompts(source), **settings,
@@ -57,7 +55,7 @@ def train_and_print(
 
 
 def _mean(found: Mapping[str, float | None]) -> str:
-    return f"{found['mean']:.4g} ± {found['stderr'] or 0:.2g}"
+    return f"{found['mean']:.4g}" + ("" if found["stderr"] is None else f" ± {found['stderr']:.2g}")
 
 
 def train_and_compare(

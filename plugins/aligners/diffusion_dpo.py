@@ -39,6 +39,10 @@ class DiffusionDpo:
     levels: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(1)))
     beta: float = attrs.field(default=2000.0, validator=attrs.validators.gt(0))
 
+    def check(self, problem: TrainProblem) -> None:
+        """The stopping window must be one of the sampler's steps."""
+        problem.stops(self.stop)
+
     @torch.no_grad()
     def collect(self, problem: TrainProblem, update: Update) -> Experience:
         """Samples where they stop, with the worst of their prompt as rival, and rows of the best alone: what noise to

@@ -66,6 +66,10 @@ class DiffusionNft:
     old_decay_rate: float = attrs.field(default=0.001, validator=non_negative)
     old_decay_start: int = attrs.field(default=0, validator=non_negative)
 
+    def check(self, problem: TrainProblem) -> None:
+        """The stopping window must be one of the sampler's steps."""
+        problem.stops(self.stop)
+
     @torch.no_grad()
     def collect(self, problem: TrainProblem, update: Update) -> Experience:
         """Samples of the old policy where they stop, how good each is beside its group, and what noise to read it

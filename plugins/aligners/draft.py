@@ -43,14 +43,17 @@ class Draft:
     carry the gradient (None: all; 0: none, for an estimator that reads the denoiser). ``truncation``: ``random`` draws
     that number uniformly from 1 to ``backward_steps`` (None: to the stop) every update. ``renoised``: average the
     gradient over so many samples that are noised again for one step (DRaFT-LV, 2; 0: not). ``regularisation``: weight
-    of the mean squared difference from the frozen backbone's velocity at the steps with gradient. ``margin``: lower the
+    of the mean squared difference from the frozen backbone's velocity at the steps with gradient, or in the estimator's
+    own pass where none has. ``margin``: lower the
     loss no further where the value is above it (ReFL: 2).
 
     Raises :class:`ConfigError` for a value out of range, ``renoised`` with other than one backward step, and
-    ``truncation`` without any.
+    random ``truncation`` of fewer than two.
     """
 
     needs_old: ClassVar[bool] = False
+    training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5, "weight_decay": 0.0}
+    """The paper's."""
 
     samples_per_prompt: int = attrs.field(default=1, validator=attrs.validators.ge(1))
     stop: StopWindow | None = None
@@ -65,18 +68,25 @@ class Draft:
     def __attrs_post_init__(self) -> None:
         if self.renoised and self.backward_steps != 1:
             raise ConfigError(f"renoised is {self.renoised}: it repeats the last step; set backward_steps to 1.")
-        if self.truncation == "random" and self.backward_steps == 0:
-            raise ConfigError("truncation is random, but backward_steps is 0; leave one of them out.")
+        if self.truncation == "random" and self.backward_steps in (0, 1):
+            raise ConfigError(
+                f"truncation is random, but backward_steps is {self.backward_steps}, of which nothing can be drawn; "
+                "give more, or null for any number."
+            )
+
+    def check(self, problem: TrainProblem) -> None:
+        """Where no step has a gradient, the estimator must, wherever a rollout stops."""
+        last, through = problem.stops(self.stop)[-1], bool(getattr(problem.estimator, "through_denoiser", False))
+        if self.backward_steps == 0 and not (through and last < problem.steps):
+            raise ConfigError(
+                "backward_steps is 0, so that the gradient has only the estimator's own denoiser pass to go through; "
+                f"give an estimator that has one (tweedie) and a window to stop in before step {problem.steps}, the "
+                "last."
+            )
 
     def collect(self, problem: TrainProblem, update: Update) -> Experience:
         """Which noise to start from, where to stop, and from where on to keep the gradient."""
-        through = bool(getattr(problem.estimator, "through_denoiser", False))
         stop = problem.stop_step(self.stop, update)
-        if self.backward_steps == 0 and not (through and stop < problem.steps):
-            raise ConfigError(
-                "backward_steps is 0, so that the gradient has only the estimator's own denoiser pass to go through; "
-                "give an estimator that has one (tweedie) and a window to stop in before the last step."
-            )
         owners = problem.owners(update, self.samples_per_prompt)
         first = stop - self._depth(problem, update, stop)
         samples = {
@@ -109,7 +119,11 @@ class Draft:
         for step in range(first, stop):
             latents, away = _step(problem, context, latents, owners, step, self.regularisation > 0)
             distance = distance + away / max(stop - first, 1)
-        value = problem.estimator(latents, as_sigma(problem.sigmas[stop], latents), context, None)
+        level, prediction = as_sigma(problem.sigmas[stop], latents), None
+        if first == stop and self.regularisation > 0:
+            prediction = context.denoiser(latents, level)
+            distance = prediction.distance(problem.reference_prediction(latents, level, owners))
+        value = problem.estimator(latents, level, context, prediction)
         gain = -value if self.margin is None else F.relu(self.margin - value)
         return gain + self.regularisation * distance, value, distance
 

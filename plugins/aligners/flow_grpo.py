@@ -71,21 +71,32 @@ class FlowGrpo:
         """What draws in the window."""
         return Sde("grpo", self.noise_level) if self.sampler == "sde" else Cps(self.noise_level)
 
+    def check(self, problem: TrainProblem) -> None:
+        """The window must fit wherever a rollout stops."""
+        for stop in problem.stops(self.stop):
+            self._range(problem, stop)
+
+    def _range(self, problem: TrainProblem, stop: int) -> tuple[int, int, int]:
+        """Where the window may begin and must have ended, and its size; :class:`ConfigError` where it does not fit the
+        steps before the stop."""
+        end = stop if stop < problem.steps else stop - 1  # the last step to the clean latent is never drawn
+        size = end if self.window_size is None else self.window_size
+        low, high = self.window_range or (0, end)
+        if not 0 <= low < high <= end or high - low < size:
+            raise ConfigError(
+                f"a window of {size} steps in [{low}, {high}) does not fit the {end} steps that can draw where a "
+                f"rollout stops after {stop} of {problem.steps}."
+            )
+        return low, high, size
+
     def window(self, problem: TrainProblem, update: Update, stop: int) -> tuple[int, int]:
         """First step that draws in this update, and the one after the last.
 
         Raises :class:`ConfigError` for a window that does not fit the steps before the stop.
         """
-        end = stop if stop < problem.steps else stop - 1  # the last step to the clean latent is never drawn
-        if self.window_size is None:
-            return 0, end
-        low, high = self.window_range or (0, end)
-        if not 0 <= low < high <= end or high - low < self.window_size:
-            raise ConfigError(
-                f"a window of {self.window_size} steps in [{low}, {high}) does not fit the {end} steps that can draw."
-            )
-        start = torch.randint(low, high - self.window_size + 1, (), generator=problem.generator(update, 2))
-        return int(start), int(start) + self.window_size
+        low, high, size = self._range(problem, stop)
+        start = torch.randint(low, high - size + 1, (), generator=problem.generator(update, 2))
+        return int(start), int(start) + size
 
     @torch.no_grad()
     def collect(self, problem: TrainProblem, update: Update) -> Experience:

@@ -237,11 +237,18 @@ class FlowTransformer(Backbone):
         ``record`` is what the registry says about it, compared with what is there; ``options`` come before it:
         ``max_sequence_length``, the T5 token count that the pipeline is called with (the family's default when neither
         says), and the family's own. Raises :class:`WeightsError` for another kind of pipeline, and for one without its
-        VAE, offloaded, or of another architecture than the record's; :class:`ConfigError` for an unknown option.
+        VAE, offloaded, or of another architecture than the record's; :class:`ConfigError` for an unknown option, and
+        for a scheduler that is not of flow matching, whose noise levels would be others.
         """
         known = ("max_sequence_length", *cls.options)
         if unknown := sorted(set(options) - set(known)):
             raise ConfigError(f"unknown setting {', '.join(unknown)} for a {cls.pipeline}; choose {', '.join(known)}.")
+        scheduler = type(pipeline.scheduler).__name__
+        if not (isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.startswith("FlowMatch")):
+            raise ConfigError(
+                f"the pipeline's scheduler is a {scheduler}, whose noise levels are not read here; give it a "
+                "FlowMatchEulerDiscreteScheduler with the same shift."
+            )
         expected = record.architecture if record is not None else {}
         net = loaded_part(pipeline, "transformer", cls.network, expected.get("transformer", {}))
         vae = loaded_part(pipeline, "vae", AutoencoderKL, expected.get("vae", {}))
