@@ -73,6 +73,10 @@ def command(
     held_out_reward: Annotated[
         list[str] | None, typer.Option(help="Of a method that trains: a reward to watch; may be repeated.")
     ] = None,
+    evaluation_prompts: Annotated[
+        int,
+        typer.Option(min=2, help="Of a method that trains: prompts to watch, a dataset's held-out ones."),
+    ] = 16,
     as_json: Json = False,
 ) -> None:
     """Sample prompts with a method that seeks a high reward, steered by a value model or another estimator; or, with a
@@ -94,11 +98,12 @@ def command(
         chosen = {"steps": steps, "guidance_scale": guidance_scale}
         train_and_print(
             method, backbone, steered_by, prompts, count, out, as_json, training or (), seed=seed, reward=judge,
-            resolution=resolution, held_out_rewards=tuple(held_out_reward or ()), **own,
+            resolution=resolution, held_out_rewards=tuple(held_out_reward or ()), watched=evaluation_prompts, **own,
             **{name: entry for name, entry in chosen.items() if entry is not None},
         )  # fmt: skip
         return
-    refuse_given(context, ("training", "held_out_reward"), f"{method} samples and trains nothing.")
+    of_training = ("training", "held_out_reward", "evaluation_prompts")
+    refuse_given(context, of_training, f"{method} samples and trains nothing.")
     result = align(
         method, backbone, steered_by, open_prompts(prompts, count, split="test"), particles=particles,
         proposals=proposals, seed=seed, steps=28 if steps is None else steps, guidance_scale=guidance_scale,

@@ -13,15 +13,12 @@ from .output import print_json, print_table
 
 _BESIDE = {"gain": "after as many updates", "gain_in_its_time": "after no less time"}
 
-EVALUATED = 16
-"""Held-out prompts that are sampled on the way, where the prompts come from a dataset."""
-
-
 def train_and_print(
     method: str, backbone: str, value: Any, source: str, count: int | None, out: Path, as_json: bool,
-    training: Sequence[str], **settings: Any,
+    training: Sequence[str], watched: int, **settings: Any,
 ) -> None:  # fmt: skip
-    """Train on a dataset's training prompts, or on those of a file, and say what became of the rewards."""
+    """Train on a dataset's training prompts, or on those of a file, and say what became of the rewards of ``watched``
+    prompts: held-out ones of a dataset, the first of a file."""
     from accelerate import PartialState
 
     from ..prompts import judges_of_prompts, open_prompts
@@ -30,10 +27,11 @@ def train_and_print(
     from ..training_state import BEST
 
     prompts = open_prompts(source, count, split="train")
-    watched = open_prompts(source, EVALUATED, split="test") if source in registry().datasets else None
+    of_dataset = source in registry().datasets
+    evaluated = open_prompts(source, watched, split="test") if of_dataset else prompts[:watched]
     plan = key_values(training, "--train", "updates=200")
     record = train(
-        method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=watched,
+        method, backbone, value, prompts, out=out, training=plan, evaluation_prompts=evaluated,
         judges=judges_of_prompts(source), **settings,
     ).record  # fmt: skip
     if not PartialState().is_main_process:  # one of several says it
