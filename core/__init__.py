@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from .sources import resolve_source
     from .steering import steer
     from .stitching import stitch
+    from .structuring import with_config_errors
     from .swarm import Swarm
     from .training import TrainResult, train
     from .training_problem import Experience, Rows, StopWindow, TrainingMethod, TrainProblem, Update, spread_seed
@@ -148,6 +149,7 @@ _PUBLIC = {
     "sources": ("resolve_source",),
     "steering": ("steer",),
     "stitching": ("stitch",),
+    "structuring": ("with_config_errors",),
     "swarm": ("Swarm",),
     "lora": ("LoraSettings", "with_lora"),
     "policy": ("Policy",),
@@ -287,6 +289,7 @@ __all__ = [
     "steps_within",
     "stitch",
     "train",
+    "with_config_errors",
     "with_lora",
 ]
 

@@ -16,7 +16,10 @@ from pipelines import open_pipeline, write_pipeline
 from stitchvm import core
 from stitchvm.core import ConfigError, LoraSettings, Policy, StitchedValue, TrainSettings
 from stitchvm.core.training_evaluation import _fallen
+from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
 from stitchvm.plugins.aligners.draft import Draft
+from stitchvm.plugins.aligners.fk_steering import FKSteering
+from stitchvm.plugins.aligners.flow_grpo import FlowGrpo
 from test_policy import moved
 from test_training import PROMPTS, evaluated, lora_of, run
 from training_worlds import Brightness
@@ -62,6 +65,15 @@ def test_settings_of_a_training_out_of_range(settings):
 def test_settings_of_a_lora_out_of_range(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         LoraSettings(**settings)
+
+
+@pytest.mark.parametrize("method", [
+    lambda: Draft(samples_per_prompt=0), lambda: DiffusionNft(mix_beta=-1.0), lambda: FlowGrpo(sampler="ode"),
+    lambda: FKSteering(ess_threshold=2.0),
+])  # fmt: skip
+def test_settings_of_a_method_out_of_range(method):
+    with pytest.raises(ConfigError):
+        method()
 
 
 def test_a_table_of_settings_begins_with_what_the_method_is_published_with(tmp_path):

@@ -13,13 +13,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from stitchvm.core import RESAMPLERS, AlignProblem, Look, Particles, Swarm, Transition, spread
+from stitchvm.core import RESAMPLERS, AlignProblem, Look, Particles, Swarm, Transition, spread, with_config_errors
 
 from .kernel_settings import KernelSettings
 from .tempering import tempered
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class Das(KernelSettings):
     """Settings of twisted SMC; the number of particles is the problem's.
 

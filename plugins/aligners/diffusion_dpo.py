@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stitchvm.core import Experience, Rows, StopWindow, TrainProblem, Update, spread_seed
+from stitchvm.core import Experience, Rows, StopWindow, TrainProblem, Update, spread_seed, with_config_errors
 
 from .anchors import levels_above, noised_again, velocity_errors
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class DiffusionDpo:
     """Settings of online Diffusion-DPO.
 

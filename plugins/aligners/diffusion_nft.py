@@ -22,6 +22,7 @@ from stitchvm.core import (
     TrainProblem,
     Update,
     spread_seed,
+    with_config_errors,
 )
 
 from .anchors import levels_above, noised_again, velocity_errors
@@ -34,7 +35,7 @@ SMALLEST_ERROR = 1e-5
 """Below this the self-normalising weight stays as it is, as released."""
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class DiffusionNft:
     """Settings of DiffusionNFT; the defaults are the released ones (SD 3.5 Medium, several rewards: ``mix_beta`` 0.1).
 

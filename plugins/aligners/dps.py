@@ -24,6 +24,7 @@ from stitchvm.core import (
     Window,
     spread,
     steps_within,
+    with_config_errors,
 )
 
 from .kernel_settings import KernelSettings, rising_window
@@ -33,7 +34,7 @@ SCHEDULES = ("constant", "sigma", "alpha", "cosine")
 FREEDOM_SHARE = 0.2
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class Dps(KernelSettings):
     """Settings of gradient guidance; particles are independent samples, the best by clean reward is chosen.
 

@@ -28,13 +28,14 @@ from stitchvm.core import (
     as_sigma,
     spread,
     spread_seed,
+    with_config_errors,
 )
 
 non_negative: Any = attrs.validators.ge(0)
 optional_count: Any = attrs.validators.optional(attrs.validators.ge(0))
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class Draft:
     """Settings of DRaFT and its relatives.
 

@@ -9,12 +9,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from stitchvm.core import AlignProblem, Particles, StepUnit, Window, steps_within
+from stitchvm.core import AlignProblem, Particles, StepUnit, Window, steps_within, with_config_errors
 
 from .kernel_settings import KernelSettings, rising_window
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class DSearch(KernelSettings):
     """Settings of the beam; its width is the number of particles.
 

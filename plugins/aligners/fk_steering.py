@@ -24,6 +24,7 @@ from stitchvm.core import (
     Window,
     steps_at,
     steps_within,
+    with_config_errors,
 )
 
 from .kernel_settings import KernelSettings, rising_window
@@ -32,7 +33,7 @@ from .tempering import tempered
 POTENTIALS = ("diff", "max", "add", "rt")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class FKSteering(KernelSettings):
     """Settings of FK steering; the number of particles is the problem's.
 

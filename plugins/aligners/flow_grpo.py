@@ -26,13 +26,14 @@ from stitchvm.core import (
     Transition,
     Update,
     as_sigma,
+    with_config_errors,
 )
 
 positive: Any = attrs.validators.gt(0)
 non_negative: Any = attrs.validators.ge(0)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class FlowGrpo:
     """Settings of Flow-GRPO; the defaults are the released full form's (48 prompts x 24, guidance 4.5).
 

@@ -7,7 +7,16 @@ from typing import Any, Literal
 
 import attrs
 
-from stitchvm.core import KERNELS, ConfigError, FlowPath, Kernel, OnPath, VariancePreservingPath, Window
+from stitchvm.core import (
+    KERNELS,
+    ConfigError,
+    FlowPath,
+    Kernel,
+    OnPath,
+    VariancePreservingPath,
+    Window,
+    with_config_errors,
+)
 
 INTERPOLANTS = {"flow": FlowPath(), "variance-preserving": VariancePreservingPath()}
 
@@ -20,7 +29,7 @@ def rising_window(instance: Any, attribute: attrs.Attribute[Window], window: Win
         raise ConfigError(f"{attribute.name} is {window}; give two rising {instance.unit}s, such as {example}.")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class KernelSettings:
     """``kernel``: ``ode``, ``ancestral`` (``eta``), ``sde`` (``diffusion``, ``scale``) or ``cps`` (``noise_level``);
     unset parameters are the kernel's own. ``interpolant`` takes the steps on another path than the backbone's.

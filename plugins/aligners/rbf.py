@@ -9,12 +9,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from stitchvm.core import AlignProblem, Particles, Transition
+from stitchvm.core import AlignProblem, Particles, Transition, with_config_errors
 
 from .kernel_settings import KernelSettings
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class Rbf(KernelSettings):
     """Settings of rollover budget forcing; particles are independent chains, the best by clean reward is chosen.
 

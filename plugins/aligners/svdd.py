@@ -8,13 +8,13 @@ from typing import ClassVar
 import attrs
 import torch
 
-from stitchvm.core import AlignProblem, Particles, StepUnit, Window, steps_within
+from stitchvm.core import AlignProblem, Particles, StepUnit, Window, steps_within, with_config_errors
 
 from .fk_steering import best_of_proposals
 from .kernel_settings import KernelSettings, rising_window
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
 class Svdd(KernelSettings):
     """Settings of SVDD; particles are independent chains, the best by clean reward is chosen.
 
