@@ -153,6 +153,22 @@ def test_random_truncation_draws_its_depth_and_the_stop_its_step():
     assert torch.equal(again["stop"], found[7]["stop"]) and torch.equal(again["first"], found[7]["first"])
 
 
+def test_gaussian_truncation_begins_around_where_alignprop_does():
+    """At 42 of 50 steps, give or take 5, cut at 49 and rounded: within four standard errors of draws of that."""
+    task, count = problem(), 400
+    side = task.latent_shape[-1]
+    task = attrs.evolve(task, sigmas=task.reference.sigmas(50, (side, side)))
+    settings = Draft(truncation="gaussian", backward_steps=None)
+    first = [int(settings.collect(task, attrs.evolve(UPDATE, number=n)).samples["first"][0]) for n in range(count)]
+    assert min(first) >= 1 and max(first) == 49
+    begun = torch.tensor(first, dtype=torch.float64)
+    draws = (42 + 5 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))).round()
+    truth = draws[(draws >= 1) & (draws < 50)].double()
+    assert abs(float(begun.mean() - truth.mean())) < 4 * float(truth.std()) / count**0.5
+    assert abs(float(begun.std() - truth.std())) < 4 * float(truth.std()) / (2 * count) ** 0.5
+    assert int(Draft(truncation="gaussian", backward_steps=3).collect(task, UPDATE).samples["first"][0]) >= 47
+
+
 @pytest.mark.parametrize(("stop", "said"), [((0, 3), "stop is \\[0, 3\\]"), ((2, 9), "1 to 5"), ((4, 2), "in order")])
 def test_a_stop_outside_the_steps_is_an_error(stop, said):
     for settings in (Draft(stop=stop), DiffusionNft(samples_per_prompt=2, stop=stop)):

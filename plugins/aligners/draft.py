@@ -1,7 +1,7 @@
 """Direct reward fine-tuning: the value's gradient through the sampler's last steps (paper, section 6).
 
 One class for what differs in two numbers: DRaFT-K (Clark et al. 2024: ``backward_steps`` K), DRaFT-LV (``renoised``),
-AlignProp (Prabhudesai et al. 2024: ``truncation="random"``) and ReFL (Xu et al. 2023: ``backward_steps=0`` and ``stop``
+AlignProp (Prabhudesai et al. 2024: ``truncation``) and ReFL (Xu et al. 2023: ``backward_steps=0`` and ``stop``
 with Tweedie's estimate, whose own denoiser pass carries the gradient). With ``stop`` and a stitched value it is the
 paper's early-stopped form: ``V(z_tau)`` instead of the clean reward.
 """
@@ -42,14 +42,15 @@ class Draft:
     ``samples_per_prompt``: of an update. ``stop``: the first and last number of steps after which to stop and read the
     value, uniformly, one an update (None: run to the end). ``backward_steps``: how many of the last steps before that
     carry the gradient (None: all; 0: none, for an estimator that reads the denoiser). ``truncation``: ``random`` draws
-    that number uniformly from 1 to ``backward_steps`` (None: to the stop) every update. ``renoised``: average the
-    gradient over so many samples that are noised again for one step (DRaFT-LV, 2; 0: not). ``regularisation``: weight
-    of the mean squared difference from the frozen backbone's velocity at the steps with gradient, or in the estimator's
-    own pass where none has. ``margin``: lower the
-    loss no further where the value is above it (ReFL: 2).
+    that number uniformly from 1 to ``backward_steps`` (None: to the stop) every update, ``gaussian`` the step that they
+    begin at, around 0.84 of the way to the stop, give or take 0.1 of it (AlignProp's released 42 and 5 of 50).
+    ``renoised``: average the gradient over so many samples that are noised again for one step (DRaFT-LV, 2; 0: not).
+    ``regularisation``: weight of the mean squared difference from the frozen backbone's velocity at the steps with
+    gradient, or in the estimator's own pass where none has. ``margin``: lower the loss no further where the value is
+    above it (ReFL: 2).
 
     Raises :class:`ConfigError` for a value out of range, ``renoised`` with other than one backward step, and
-    random ``truncation`` of fewer than two.
+    drawn ``truncation`` of fewer than two.
     """
 
     needs_old: ClassVar[bool] = False
@@ -59,8 +60,8 @@ class Draft:
     samples_per_prompt: int = attrs.field(default=1, validator=attrs.validators.ge(1))
     stop: StopWindow | None = None
     backward_steps: int | None = attrs.field(default=1, validator=optional_count)
-    truncation: Literal["fixed", "random"] = attrs.field(
-        default="fixed", validator=attrs.validators.in_(("fixed", "random"))
+    truncation: Literal["fixed", "random", "gaussian"] = attrs.field(
+        default="fixed", validator=attrs.validators.in_(("fixed", "random", "gaussian"))
     )
     renoised: int = attrs.field(default=0, validator=non_negative)
     regularisation: float = attrs.field(default=0.01, validator=non_negative)
@@ -69,10 +70,10 @@ class Draft:
     def __attrs_post_init__(self) -> None:
         if self.renoised and self.backward_steps != 1:
             raise ConfigError(f"renoised is {self.renoised}: it repeats the last step; set backward_steps to 1.")
-        if self.truncation == "random" and self.backward_steps in (0, 1):
+        if self.truncation != "fixed" and self.backward_steps in (0, 1):
             raise ConfigError(
-                f"truncation is random, but backward_steps is {self.backward_steps}, of which nothing can be drawn; "
-                "give more, or null for any number."
+                f"truncation is {self.truncation}, but backward_steps is {self.backward_steps}, of which nothing can be "
+                "drawn; give more, or null for any number."
             )
 
     def check(self, problem: TrainProblem) -> None:
@@ -99,9 +100,15 @@ class Draft:
     def _depth(self, problem: TrainProblem, update: Update, stop: int) -> int:
         """How many steps carry the gradient."""
         most = stop if self.backward_steps is None else min(self.backward_steps, stop)
-        if self.truncation == "fixed":
+        draws = problem.generator(update, 2)
+        if self.truncation == "fixed" or most == 1:
             return most
-        return int(torch.randint(1, most + 1, (), generator=problem.generator(update, 2)))
+        if self.truncation == "random":
+            return int(torch.randint(1, most + 1, (), generator=draws))
+        first = 0
+        while not 1 <= first < stop:  # as released: until it is one of the steps, and not the first
+            first = round(stop * (0.84 + 0.1 * float(torch.randn((), generator=draws))))
+        return min(stop - first, most)
 
     def loss(self, problem: TrainProblem, rows: Rows) -> tuple[Tensor, dict[str, float]]:
         """``-V(z_tau)`` and the regularisation, a row."""
