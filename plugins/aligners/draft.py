@@ -72,8 +72,8 @@ class Draft:
             raise ConfigError(f"renoised is {self.renoised}: it repeats the last step; set backward_steps to 1.")
         if self.truncation != "fixed" and self.backward_steps in (0, 1):
             raise ConfigError(
-                f"truncation is {self.truncation}, but backward_steps is {self.backward_steps}, of which nothing can be "
-                "drawn; give more, or null for any number."
+                f"truncation is {self.truncation}, but backward_steps is {self.backward_steps}, of which nothing can "
+                "be drawn; give more, or null for any number."
             )
 
     def check(self, problem: TrainProblem) -> None:
