@@ -22,7 +22,7 @@ TWIN_PARAMETERS = 1_000_000
 """A twin has fewer parameters: it is run often."""
 METHODS = {
     "aligner": ("run(problem)",),
-    "trainer": ("check(problem)", "collect(problem, update)", "loss(problem, rows)", "updated(problem, number)"),
+    "trainer": ("collect(problem, update)", "loss(problem, rows)", "updated(problem, number)", "check(problem)"),
 }
 """What an alignment method offers, by its kind."""
 HEAVY = ("torch", "diffusers", "transformers", "open_clip", "timm")
