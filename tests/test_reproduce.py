@@ -365,8 +365,7 @@ def test_a_reward_that_compares_with_images_steers_nothing(world, tmp_path, alig
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("table9", "--world", "toy"), "unknown table 'table9'; choose one of table1, table2, fig3, table6, table3"),
-        (("table9", "--world", "toy", "--set", "prompts=1"), "unknown table 'table9'"),
+        (("table9", "--world", "toy", "--set", "prompts=1"), "unknown table 'table9'; choose one of table1, table2"),
         (("table1", "--world", "toys"), "Did you mean 'toy'"),
         (("table1", "--world", "toy", "--rewards", "clip"), "clip is not of the world 'toy'"),
         (("table1", "--world", "toy", "--strengths-tweedie", "1,-2"), "strengths are [1.0, -2.0]"),
