@@ -28,6 +28,7 @@ from .problem import Aligner, AlignProblem, BegunPasses
 from .provenance import network_identity, sampled_identity, weights_digest
 from .sampling import Denoiser, chosen_guidance
 from .structuring import plain, structure, with_config_errors
+from .validators import whole_from
 from .value import StitchedValue
 
 Value = StitchedValue | Estimator | str | Path | None
@@ -106,9 +107,6 @@ _NAMED: dict[str, Callable[[AnyReward, int], Estimator]] = {
 }
 """Estimators that need nothing but the reward and a seed, by what ``value`` may be instead of a folder."""
 
-_WHOLE: Any = attrs.validators.instance_of(int)
-_AT_LEAST_ONE: Any = [_WHOLE, attrs.validators.ge(1)]
-
 
 def latent_size(backbone: Backbone, resolution: Size | None) -> tuple[int, int]:
     """Height and width of the latents of images of ``resolution`` pixels, the backbone's own by default.
@@ -149,12 +147,12 @@ class _Job:
     estimator: Estimator | None
     reward: AnyReward
     prompts: tuple[str, ...]
-    particles: int = attrs.field(validator=_AT_LEAST_ONE)
-    seed: int = attrs.field(validator=[_WHOLE, attrs.validators.ge(0)])
-    steps: int = attrs.field(validator=_AT_LEAST_ONE)
+    particles: int = attrs.field(validator=whole_from(1))
+    seed: int = attrs.field(validator=whole_from(0))
+    steps: int = attrs.field(validator=whole_from(1))
     guidance_scale: float = attrs.field(validator=attrs.validators.ge(0))
     resolution: Size = attrs.field(validator=_divisible)
-    batch: int = attrs.field(validator=_AT_LEAST_ONE)
+    batch: int = attrs.field(validator=whole_from(1))
     reuse: bool = True
     lora: str | None = None
     negative_prompt: str | None = attrs.field(default=None, validator=_guiding)

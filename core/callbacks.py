@@ -24,6 +24,7 @@ from .loading import backbone_from
 from .particles import Resampling, step_generators
 from .paths import Prediction, as_sigma, spread
 from .resampling import RESAMPLERS, draw_ancestors
+from .validators import number_within, one_of, whole_from
 from .value import StitchedValue
 from .windows import Window, steps_within
 
@@ -45,31 +46,6 @@ def _prompts(given: str | Sequence[str]) -> tuple[str, ...]:
 
 def _fractions(instance: object, attribute: object, window: Window) -> None:
     steps_within(torch.linspace(1, 0, 2), window)
-
-
-def _in(*choices: str) -> Any:
-    def check(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
-        if value not in choices:
-            raise ConfigError(f"{attribute.name} is {value!r}; choose one of {', '.join(choices)}.")
-
-    return check
-
-
-def _between(low: float, high: float = math.inf) -> Any:
-    def check(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
-        if value is None:
-            return
-        if not isinstance(value, (int, float)) or not low <= value <= high or not math.isfinite(value):
-            least = "a finite number" if low == -math.inf else f"at least {low:g}"
-            most = "" if high == math.inf else f" and at most {high:g}"
-            raise ConfigError(f"{attribute.name} is {value!r}; it must be {least}{most}.")
-
-    return check
-
-
-def _whole(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is not None and not isinstance(value, int):
-        raise ConfigError(f"{attribute.name} is {value!r}; give a whole number.")
 
 
 @attrs.frozen(eq=False)
@@ -200,9 +176,9 @@ class GuidanceCallback(StepCallback):
     values of the last call as :class:`Guided`, before they were moved.
     """
 
-    strength: float = attrs.field(default=1.0, kw_only=True, validator=_between(-math.inf))
+    strength: float = attrs.field(default=1.0, kw_only=True, validator=number_within(-math.inf))
     normalisation: Literal["raw", "unit-rms"] = attrs.field(
-        default="raw", kw_only=True, validator=_in("raw", "unit-rms")
+        default="raw", kw_only=True, validator=one_of(("raw", "unit-rms"))
     )
 
     def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
@@ -238,12 +214,12 @@ class ResamplingCallback(StepCallback):
     :class:`Resampling` of the last call and ``log_weights [P, N]`` what was carried to its end.
     """
 
-    strength: float = attrs.field(default=10.0, kw_only=True, validator=_between(0))
-    interval: int = attrs.field(default=4, kw_only=True, validator=[_whole, _between(1)])
-    resampler: str = attrs.field(default="multinomial", kw_only=True, validator=_in(*RESAMPLERS))
-    ess_threshold: float = attrs.field(default=0.5, kw_only=True, validator=_between(0, 1))
-    particles: int | None = attrs.field(default=None, kw_only=True, validator=[_whole, _between(1)])
-    seed: int = attrs.field(default=0, kw_only=True, validator=[_whole, _between(0)])
+    strength: float = attrs.field(default=10.0, kw_only=True, validator=number_within(0))
+    interval: int = attrs.field(default=4, kw_only=True, validator=whole_from(1))
+    resampler: str = attrs.field(default="multinomial", kw_only=True, validator=one_of(RESAMPLERS))
+    ess_threshold: float = attrs.field(default=0.5, kw_only=True, validator=number_within(0, 1))
+    particles: int | None = attrs.field(default=None, kw_only=True, validator=attrs.validators.optional(whole_from(1)))
+    seed: int = attrs.field(default=0, kw_only=True, validator=whole_from(0))
     log_weights: Tensor | None = attrs.field(default=None, init=False)
     _last: Tensor | None = attrs.field(default=None, init=False)
     _generators: list[torch.Generator] = attrs.field(factory=list, init=False)

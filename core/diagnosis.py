@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,10 @@ from .loading import load_backbone
 from .provenance import network_identity, versions
 from .ranking import SIGMAS, Ranking, Trajectories, differing
 from .sampling import chosen_guidance
+from .validators import whole_from
 
 Figure = tuple[float | None, float | None]
 """A figure and its standard error; None where there is none (a slope on constant values, an error from one prompt)."""
-
-
-def _at_least(lowest: int) -> Callable[[object, attrs.Attribute[int], int], None]:
-    def check(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
-        if type(value) is not int or value < lowest:
-            raise ConfigError(f"diagnose: {attribute.name} is {value!r}; give a whole number, {lowest} or more.")
-
-    return check
 
 
 def _levels(instance: object, attribute: attrs.Attribute[Any], value: tuple[float, ...]) -> None:
@@ -55,17 +48,17 @@ def _levels(instance: object, attribute: attrs.Attribute[Any], value: tuple[floa
 class DiagnosisSettings:
     """How much is measured, see :func:`diagnose`; raises :class:`ConfigError` for a number out of its range."""
 
-    seeds: int = attrs.field(default=12, validator=_at_least(2))
-    steps: int = attrs.field(default=28, validator=_at_least(1))
+    seeds: int = attrs.field(default=12, validator=whole_from(2))
+    steps: int = attrs.field(default=28, validator=whole_from(1))
     guidance_scale: float | None = None
     sigmas: tuple[float, ...] = attrs.field(default=SIGMAS, validator=_levels)
     gradients: bool = True
-    gradient_rollouts: int = attrs.field(default=64, validator=_at_least(2))
-    gradient_prompts: int = attrs.field(default=4, validator=_at_least(1))
-    gradient_seeds: int = attrs.field(default=2, validator=_at_least(1))
-    rollout_steps: int = attrs.field(default=8, validator=_at_least(1))
+    gradient_rollouts: int = attrs.field(default=64, validator=whole_from(2))
+    gradient_prompts: int = attrs.field(default=4, validator=whole_from(1))
+    gradient_seeds: int = attrs.field(default=2, validator=whole_from(1))
+    rollout_steps: int = attrs.field(default=8, validator=whole_from(1))
     resolution: int | None = None
-    seed: int = attrs.field(default=0, validator=_at_least(0))
+    seed: int = attrs.field(default=0, validator=whole_from(0))
 
 
 @attrs.frozen(eq=False)

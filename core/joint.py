@@ -199,6 +199,14 @@ AnyReward = Reward | JointReward
 """What rates clean images."""
 
 
+def load_judges(
+    rewards: str | AnyReward | Sequence[str | AnyReward], device: torch.device | str = "cpu"
+) -> list[AnyReward]:
+    """As :func:`load_judge`, each of them for itself; none for an empty list."""
+    given = rewards if isinstance(rewards, Sequence) and not isinstance(rewards, str) else [rewards]
+    return [load_judge(each, device) for each in given]
+
+
 def load_judge(reward: str | AnyReward | Sequence[str], device: torch.device | str = "cpu") -> AnyReward:
     """As :func:`load_reward`; a joint reward comes back as it is, and several names become one, weight 1 each."""
     if isinstance(reward, JointReward):

@@ -14,6 +14,7 @@ from .errors import ConfigError, PluginLoadError, WeightsError
 from .files import read_tensors
 from .loading import name_of
 from .structuring import with_config_errors
+from .validators import whole_from
 
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -33,8 +34,8 @@ class LoraSettings:
     that are adapted: None for the family's own, attention's projections.
     """
 
-    rank: int = attrs.field(default=32, validator=[attrs.validators.instance_of(int), attrs.validators.ge(1)])
-    alpha: int = attrs.field(default=64, validator=[attrs.validators.instance_of(int), attrs.validators.ge(1)])
+    rank: int = attrs.field(default=32, validator=whole_from(1))
+    alpha: int = attrs.field(default=64, validator=whole_from(1))
     targets: tuple[str, ...] | None = attrs.field(default=None, validator=_names)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import attrs
@@ -17,14 +16,7 @@ from .kernels import Ancestral, Kernel
 from .paths import Prediction, as_sigma
 from .sampling import seeded_noise
 from .seeds import stream_seed
-
-
-def _at_least(lowest: int) -> Callable[[object, attrs.Attribute[int], int], None]:
-    def check(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
-        if type(value) is not int or value < lowest:
-            raise ConfigError(f"MonteCarlo: {attribute.name} is {value!r}; give a whole number, {lowest} or more.")
-
-    return check
+from .validators import whole_from
 
 
 def _positive(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
@@ -81,12 +73,12 @@ class MonteCarlo:
     through_denoiser: ClassVar[bool] = True
 
     reward: AnyReward
-    rollouts: int = attrs.field(default=4, validator=_at_least(1))
-    steps: int = attrs.field(default=8, validator=_at_least(1))
+    rollouts: int = attrs.field(default=4, validator=whole_from(1))
+    steps: int = attrs.field(default=8, validator=whole_from(1))
     soft: bool = False
     strength: float = attrs.field(default=1.0, validator=_positive)
     kernel: Kernel = attrs.field(factory=Ancestral)
-    seed: int = attrs.field(default=0, validator=_at_least(0))
+    seed: int = attrs.field(default=0, validator=whole_from(0))
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, context: Prompted, prediction: Prediction | None = None

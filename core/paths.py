@@ -80,7 +80,7 @@ class Prediction:
 
         Neither holds the latents, so that their gradient is what the networks make of them alone."""
         level = spread(self.sigma, self.z0)
-        ours, theirs = (self.path.velocity(one.z0, one.eps, level) for one in (self, other))
+        ours, theirs = (self.path.target(one.z0, one.eps, level) for one in (self, other))
         return (ours - theirs).square().flatten(1).mean(1)
 
     def guided(self, gradient: Tensor) -> Prediction:
@@ -132,8 +132,9 @@ class Path(ABC):
         """The noise level where ``alpha / sigma`` is ``ratio``, in [0, inf]."""
 
     @abstractmethod
-    def velocity(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-        """What a network that predicts velocities on this path predicts of these, without the latents."""
+    def target(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        """What a network that predicts velocities on this path is regressed to, of these and without the latents. On
+        the variance preserving path (v-prediction) it is not :attr:`Prediction.velocity`."""
 
     def convert(self, sigma: Tensor, path: Path) -> tuple[Tensor, Tensor]:
         """The level on ``path`` of the same ratio ``alpha / sigma``, and what to multiply latents of this path by to
@@ -191,7 +192,7 @@ class FlowPath(Path):
     def sigma_at(self, ratio: Tensor) -> Tensor:
         return 1 / (1 + ratio)
 
-    def velocity(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    def target(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         return eps - z0
 
 
@@ -209,5 +210,5 @@ class VariancePreservingPath(Path):
     def sigma_at(self, ratio: Tensor) -> Tensor:
         return 1 / (1 + ratio.square()).sqrt()
 
-    def velocity(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    def target(self, z0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         return self.alpha(sigma) * eps - sigma * z0

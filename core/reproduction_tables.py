@@ -14,6 +14,7 @@ import attrs
 
 from .errors import ConfigError
 from .records import MetricKind
+from .validators import one_of, whole_from
 
 PLAIN = "plain"
 """The row that every gain is paired with."""
@@ -64,16 +65,6 @@ def _strengths(value: Sequence[float] | None) -> tuple[float, ...] | None:
     return found
 
 
-def _check_normaliser(settings: Any, attribute: attrs.Attribute[str], value: str) -> None:
-    if value not in NORMALISERS:
-        raise ConfigError(f"normaliser is {value!r}; choose one of {', '.join(NORMALISERS)}.")
-
-
-def _positive(settings: Any, attribute: attrs.Attribute[int], value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{attribute.name} is {value}; give a whole number from 1 on.")
-
-
 @attrs.frozen(kw_only=True)
 class Settings:
     """What all rows share, and what a table's rows are made of.
@@ -87,17 +78,17 @@ class Settings:
     Raises :class:`ConfigError` for a value out of range.
     """
 
-    prompts: int = attrs.field(default=200, validator=_positive)
-    steps: int = attrs.field(default=20, validator=_positive)
+    prompts: int = attrs.field(default=200, validator=whole_from(1))
+    steps: int = attrs.field(default=20, validator=whole_from(1))
     guidance_scale: float | None = None
     seed: int = 0
-    batch: int = attrs.field(default=64, validator=_positive)
-    particles: int = attrs.field(default=4, validator=_positive)
-    proposals: int = attrs.field(default=2, validator=_positive)
+    batch: int = attrs.field(default=64, validator=whole_from(1))
+    particles: int = attrs.field(default=4, validator=whole_from(1))
+    proposals: int = attrs.field(default=2, validator=whole_from(1))
     strength: float | None = None
     strengths_tweedie: tuple[float, ...] | None = attrs.field(default=None, converter=_strengths)
     strengths_stitched: tuple[float, ...] | None = attrs.field(default=None, converter=_strengths)
-    normaliser: str = attrs.field(default="raw", validator=_check_normaliser)
+    normaliser: str = attrs.field(default="raw", validator=one_of(NORMALISERS))
     methods: tuple[str, ...] = ()
     options: dict[str, Any] = attrs.field(factory=dict)
 

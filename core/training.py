@@ -26,7 +26,7 @@ from .datasets import Judge
 from .errors import ConfigError, NonFiniteError
 from .estimators import Estimator, Stitched, Sum, Tweedie
 from .files import make_folder
-from .joint import AnyReward, load_judge
+from .joint import AnyReward, load_judges
 from .loading import load_backbone
 from .policy import Policy
 from .processes import join_group
@@ -88,8 +88,7 @@ def train(
     network, folder = load_backbone(backbone), Path(out).expanduser()
     estimator, judge = resolve_value(value, reward, network, seed)
     trainer = resolve_method(method, settings)
-    if not hasattr(trainer, "collect"):
-        raise ConfigError(f"{type(trainer).__name__} steers samples and trains nothing; use align.")
+    _check_complete(trainer)
     if not guidance_scale >= 0:
         raise ConfigError(f"guidance_scale is {guidance_scale}; give a number from 0 on (1: no guidance).")
     plan = training_settings(trainer, training)
@@ -111,9 +110,7 @@ def train(
         plan.batch, policy.another() if trainer.needs_old else None, accelerator.gather,
     )  # fmt: skip
     trainer.check(problem)
-    others = held_out_rewards if isinstance(held_out_rewards, Sequence) else [held_out_rewards]
-    others = [others] if isinstance(others, str) else others
-    rewards = [judge, *(load_judge(each, network.device) for each in others)]
+    rewards = [judge, *load_judges(held_out_rewards, network.device)]
     gallery = Gallery.of(problem, checked_prompts(evaluation_prompts or texts[:16]), rewards, judges)
     run = _Run(problem, trainer, plan, gallery, accelerator, make_folder(folder), len(texts))
     return run.go(method if isinstance(method, str) else type(method).__name__, texts, progress)
@@ -126,6 +123,18 @@ def _over_policy(estimator: Estimator | None, policy: Policy) -> Estimator:
     if isinstance(estimator, Sum):
         return Sum([_over_policy(part, policy) for part in estimator.estimators], estimator.weights)
     raise ConfigError("head is 'policy', which is for stitched values in unsharded trainings; leave it at 'frozen'.")
+
+
+def _check_complete(method: object) -> None:
+    """:class:`ConfigError` for what lacks a part of a training method."""
+    parts = ("needs_old", "samples_per_prompt", "check", "collect", "loss", "updated")
+    missing = [name for name in parts if not hasattr(method, name)]
+    if "collect" in missing:
+        raise ConfigError(f"{type(method).__name__} steers samples and trains nothing; use align.")
+    if missing:
+        raise ConfigError(
+            f"{type(method).__name__} lacks {', '.join(missing)} of a training method; see core.TrainingMethod."
+        )
 
 
 def training_settings(method: TrainingMethod, given: TrainSettings | Mapping[str, Any] | None) -> TrainSettings:

@@ -183,15 +183,18 @@ class TrainProblem:
             for sigma, following in pairwise(self.sigmas[start : stop + 1]):
                 z = kernel(context.denoiser(z, sigma), as_sigma(following, z)).mean
             parts.append(z)
-        found = torch.cat(parts)
-        if not bool(found.isfinite().all()):
-            raise NonFiniteError("a rollout left the finite range; lower the learning rate.")
-        return found
+        return torch.cat(parts)
 
     @torch.no_grad()
     def values(self, latents: Tensor, owners: Tensor, stop: int, backbone: Backbone) -> Tensor:
         """``[S]`` values of latents at ``sigmas[stop]``, in batches, without gradient; at the last step the clean
-        reward, for an estimator that is exact there."""
+        reward, for an estimator that is exact there.
+
+        Raises :class:`NonFiniteError` where a latent of any process is not finite.
+        """
+        # asked of all processes at once: one that stopped alone would leave the others waiting
+        if not bool(self.gather(latents.isfinite().all()[None]).all()):
+            raise NonFiniteError("a rollout left the finite range; lower the learning rate.")
         level = self.sigmas[stop]
         parts = [
             self.estimator(latents[rows], as_sigma(level, latents[rows]), self.context(owners[rows], backbone), None)

@@ -9,10 +9,10 @@ import attrs
 
 from .lora import LoraSettings
 from .structuring import with_config_errors
+from .validators import whole_from
 
 positive: Any = attrs.validators.and_(attrs.validators.gt(0), attrs.validators.lt(math.inf))
 optional_positive: Any = attrs.validators.optional(positive)
-at_least_one: Any = [attrs.validators.instance_of(int), attrs.validators.ge(1)]
 non_negative: Any = [attrs.validators.ge(0), attrs.validators.lt(math.inf)]
 
 
@@ -35,9 +35,9 @@ class TrainSettings:
     Raises ``ConfigError`` for a value out of range.
     """
 
-    updates: int = attrs.field(default=100, validator=at_least_one)
-    prompts_per_update: int = attrs.field(default=8, validator=at_least_one)
-    inner_updates: int = attrs.field(default=1, validator=at_least_one)
+    updates: int = attrs.field(default=100, validator=whole_from(1))
+    prompts_per_update: int = attrs.field(default=8, validator=whole_from(1))
+    inner_updates: int = attrs.field(default=1, validator=whole_from(1))
     learning_rate: float = attrs.field(default=3e-4, validator=positive)
     weight_decay: float = attrs.field(default=1e-4, validator=non_negative)
     clip_norm: float | None = attrs.field(default=1.0, validator=optional_positive)
@@ -45,11 +45,11 @@ class TrainSettings:
     lora: LoraSettings | None = attrs.field(
         factory=LoraSettings, validator=attrs.validators.optional(attrs.validators.instance_of(LoraSettings))
     )
-    batch: int = attrs.field(default=8, validator=at_least_one)
+    batch: int = attrs.field(default=8, validator=whole_from(1))
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16"] = attrs.field(default="no", validator=attrs.validators.in_(("no", "bf16")))
-    evaluate_every: int = attrs.field(default=10, validator=at_least_one)
-    checkpoint_every: int = attrs.field(default=10, validator=at_least_one)
+    evaluate_every: int = attrs.field(default=10, validator=whole_from(1))
+    checkpoint_every: int = attrs.field(default=10, validator=whole_from(1))
     shard: bool | None = None
     tracker: str | None = "tensorboard"
     head: Literal["frozen", "policy"] = attrs.field(

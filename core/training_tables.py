@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from .errors import ConfigError
+from .validators import whole_from
 
 
 @attrs.frozen(kw_only=True)
@@ -47,24 +48,19 @@ class TrainingScale:
     Raises :class:`ConfigError` for a value out of range.
     """
 
-    updates: int = 100
-    prompts: int = 8
-    samples: int = 8
-    steps: int = 10
-    levels: int = 4
-    evaluate_every: int = 10
-    evaluation_prompts: int = 64
-    batch: int = 64
+    updates: int = attrs.field(default=100, validator=whole_from(1))
+    prompts: int = attrs.field(default=8, validator=whole_from(1))
+    samples: int = attrs.field(default=8, validator=whole_from(2))
+    steps: int = attrs.field(default=10, validator=whole_from(3))
+    levels: int = attrs.field(default=4, validator=whole_from(1))
+    evaluate_every: int = attrs.field(default=10, validator=whole_from(1))
+    evaluation_prompts: int = attrs.field(default=64, validator=whole_from(2))
+    batch: int = attrs.field(default=64, validator=whole_from(1))
     learning_rate: float | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     windows: tuple[tuple[int, int], ...] = ((2, 12), (12, 17), (12, 25), (20, 25))
 
     def __attrs_post_init__(self) -> None:
-        least = {"updates": 1, "prompts": 1, "samples": 2, "steps": 3, "levels": 1, "evaluate_every": 1,
-                 "evaluation_prompts": 2, "batch": 1}  # fmt: skip
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a whole number from {lowest} on.")
         if not self.seeds:
             raise ConfigError("seeds is empty; give at least one.")
         for low, high in self.windows:

@@ -278,12 +278,12 @@ def test_a_value_that_is_not_finite(pipelines):
         ({"window": (0.8, 0.2)}, "window is 0.8 to 0.2"),
         ({"window": (0.2, 1.5)}, "1.5"),
         ({"resampler": "best"}, "resampler is 'best'; choose one of .*systematic"),
-        ({"ess_threshold": 1.5}, "ess_threshold is 1.5; it must be at least 0 and at most 1"),
-        ({"interval": 0}, "interval is 0; it must be at least 1"),
+        ({"ess_threshold": 1.5}, "ess_threshold is 1.5; give a finite number from 0 to 1"),
+        ({"interval": 0}, "interval is 0; give a whole number from 1 on"),
         ({"interval": 1.5}, "interval is 1.5; give a whole number"),
-        ({"strength": "2"}, "strength is '2'; it must be at least 0"),
+        ({"strength": "2"}, "strength is '2'; give a finite number from 0 on"),
         ({"prompt": None}, "prompt is None; give the prompt"),
-        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"seed": -1}, "seed is -1; give a whole number from 0 on"),
         ({"height": 64}, "give both height and width"),
     ],
 )
@@ -293,5 +293,5 @@ def test_settings_out_of_range(pipelines, settings, message):
         ResamplingCallback(given.pop("value"), given.pop("prompt"), **given)
     with pytest.raises(ConfigError, match="normalisation is 'none'; choose one of raw, unit-rms"):
         reading(pipelines["sd3"], normalisation="none")
-    with pytest.raises(ConfigError, match="strength is nan; it must be a finite number"):
+    with pytest.raises(ConfigError, match="strength is nan; give a finite number"):
         reading(pipelines["sd3"], strength=float("nan"))

@@ -316,7 +316,7 @@ class Lost:
         ({"estimators": {}}, ConfigError, "no estimators"),
         ({"prompts": []}, ConfigError, "at least one prompt"),
         ({"prompts": "a cat"}, ConfigError, "list of strings"),
-        ({"seeds": 1}, ConfigError, "seeds is 1; give a whole number, 2 or more"),
+        ({"seeds": 1}, ConfigError, "seeds is 1; give a whole number from 2 on"),
         ({"gradient_rollouts": 1}, ConfigError, "gradient_rollouts is 1"),
         ({"sigmas": (0.5, 1.5)}, ConfigError, "noise levels from 0"),
         ({"estimators": {"odd": Lost(False)}}, NonFiniteError, "odd gave no finite value for .* at sigma"),

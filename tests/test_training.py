@@ -239,7 +239,14 @@ def test_held_out_rewards_are_evaluated_and_never_trained_on(tmp_path):
     assert_equal(lora_of(tmp_path / "a"), lora_of(tmp_path / "b"))
 
 
+class Unfinished:
+    """A training method in the making."""
+
+    def collect(self) -> None: ...
+
+
 @pytest.mark.parametrize(("method", "settings", "said"), [
+    (Unfinished(), {}, "Unfinished lacks needs_old, samples_per_prompt, check, loss, updated of a training method"),
     (BestOfN(), {}, "BestOfN steers samples and trains nothing; use align"),
     ("draft", {"backward_step": 2}, "unknown key 'backward_step', did you mean 'backward_steps'"),
     ("draft", {"renoised": 2, "backward_steps": 3}, "set backward_steps to 1"),

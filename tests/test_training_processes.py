@@ -36,6 +36,17 @@ class Lost(Brightness):
         return value.masked_fill(value < -0.12, torch.nan)
 
 
+class Diverging(DiffusionNft):
+    """Its old policy leaves the finite range in the second update, in one process alone."""
+
+    def collect(self, problem: core.TrainProblem, update: core.Update) -> core.Experience:
+        assert problem.old is not None
+        if update.number == 1 and update.places[0] == 1:
+            with torch.no_grad():
+                next(iter(problem.old.parameters.values())).fill_(torch.inf)
+        return super().collect(problem, update)
+
+
 TWO = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -85,6 +96,11 @@ def shard(folder: Path) -> None:
     assert 0.45 * whole < held < 0.55 * whole, (held, whole)
 
 
+def diverge(folder: Path) -> None:
+    with pytest.raises(core.NonFiniteError, match="a rollout left the finite range"):
+        run(Diverging(samples_per_prompt=3), folder)
+
+
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], begin: dict[str, Tensor]) -> None:
     """Within 2 % of the largest step: sums of gradients differ in their order alone, which Adam's first steps enlarge
     where one is near 0."""
@@ -125,6 +141,13 @@ def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tm
         run(SHARDED, tmp_path / which, updates=5, value=Lost(), **WHOLE)
     one, two = (read_tensors(tmp_path / which / "state.safetensors") for which in ("one", "two"))
     assert_close({key: two[key] for key in begin}, {key: one[key] for key in begin}, begin)
+
+
+def test_a_rollout_that_diverges_in_one_process_stops_all_of_them(tmp_path):
+    """One that stopped alone would leave the others waiting, until their group is lost."""
+    assert start_two(diverge, tmp_path).wait() == 0
+    kept = read_tensors(tmp_path / "state.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
 
 
 LEAVING = """

@@ -1,0 +1,44 @@
+"""attrs validators that settings share: each raises :class:`ConfigError` with the field's name and what to give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import attrs
+
+from .errors import ConfigError
+
+Validator = Callable[[object, "attrs.Attribute[Any]", Any], None]
+
+
+def whole_from(lowest: int) -> Validator:
+    """A whole number, ``lowest`` or more."""
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if type(value) is not int or value < lowest:
+            raise ConfigError(f"{attribute.name} is {value!r}; give a whole number from {lowest} on.")
+
+    return check
+
+
+def number_within(low: float, high: float = math.inf) -> Validator:
+    """A finite number from ``low`` to ``high``, both allowed."""
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, int | float) or not (math.isfinite(value) and low <= value <= high):
+            wanted = "" if low == -math.inf else f" from {low:g} " + ("on" if high == math.inf else f"to {high:g}")
+            raise ConfigError(f"{attribute.name} is {value!r}; give a finite number{wanted}.")
+
+    return check
+
+
+def one_of(choices: Collection[str]) -> Validator:
+    """One of the names that ``choices`` lists."""
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if value not in choices:
+            raise ConfigError(f"{attribute.name} is {value!r}; choose one of {', '.join(choices)}.")
+
+    return check
