@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .alignment import reward_condition
+from .attention import gradient_in
 from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError, NonFiniteError
@@ -185,7 +186,7 @@ class GuidanceCallback(StepCallback):
         z = step.latents.requires_grad_()
         with torch.enable_grad():
             values = self.read(pipeline, z, step.sigma)
-            (gradient,) = torch.autograd.grad(values.sum(), z)
+            gradient = gradient_in(z, values, self._backbone.dtype)
         if not bool(gradient.isfinite().all()):
             raise NonFiniteError(f"the value's gradient is not finite at sigma {step.sigma:g}; use a lower strength.")
         if self.normalisation == "unit-rms":

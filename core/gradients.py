@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .attention import gradient_in
 from .costs import CostMeter
 from .errors import ConfigError, NonFiniteError
 from .estimators import Estimator, Prompted
@@ -150,7 +151,7 @@ def gradient_of(
                 raise ConfigError(
                     f"{name} is not differentiable in the latents; leave it out, or pass gradients=False."
                 )
-            (gradient,) = torch.autograd.grad(values.sum(), z)
+            gradient = gradient_in(z, values, context.denoiser.backbone.dtype)
         parts.append(gradient.double().cpu())
     found = torch.cat(parts)
     if not bool(found.isfinite().all()):

@@ -14,6 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from .attention import gradient_in
 from .backbone import Backbone
 from .errors import ConfigError, NonFiniteError
 from .estimators import Estimator, Prompted
@@ -159,7 +160,7 @@ class AlignProblem:
             with torch.enable_grad(), PassKeeper() as kept:
                 prediction = context.denoiser(z, level[part]) if through else None
                 values = estimator(z, level[part], context, prediction)
-                gradients = _gradients(values, z)
+                gradients = _gradients(values, z, self.backbone.dtype)
             parts.append((values.detach().float(), gradients.float(), prediction))
             begun.append(self._finishable(kept))
         self.begun.keep([] if through else begun)
@@ -267,12 +268,11 @@ class AlignProblem:
         return Particles(latents.cpu(), equal, rewards, ancestry, images)
 
 
-def _gradients(values: Tensor, latents: Tensor) -> Tensor:
+def _gradients(values: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:
     """``[R, C, h, w]``; 0 for values that do not depend on the latents at all."""
     if not values.requires_grad:
         return torch.zeros_like(latents)
-    (found,) = torch.autograd.grad(values.sum(), latents)
-    return found
+    return gradient_in(latents, values, dtype)
 
 
 def _through_denoiser(estimator: Estimator) -> bool:
