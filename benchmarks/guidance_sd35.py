@@ -1,13 +1,15 @@
 """What guidance by a stitched value costs on Stable Diffusion 3.5 Medium at 512 pixels, against Tweedie's estimate.
 
     python benchmarks/guidance_sd35.py --threads 2      # about 6 GB of weights, and what Tweedie's gradient needs
+    python benchmarks/guidance_sd35.py --in-turn        # for ratios where the machine's speed drifts
     python benchmarks/guidance_sd35.py --small          # the registry's twins: does it run?
 
 Random weights in bfloat16, one latent, classifier-free guidance of 4.5, on CUDA where there is one. Every figure is a
 fresh process that builds the networks (see ``sd35.py``), takes one step to warm up and ``--repeats`` more along a
 sampling run of 100, the steps that ``dps`` and ``fk-steering`` take, and reports seconds, forward passes and the peak
-of memory above the weights. The table is also written as JSON. Needs Linux. Exits with 1 when a figure failed or, at
-full size, a target is missed.
+of memory above the weights. ``--in-turn`` has one process take a step of every figure in turn, ``--repeats`` times,
+and takes the median of the rounds' ratios; it tells no memory and leaves gradient checkpointing out. The table is also
+written as JSON. Needs Linux. Exits with 1 when a figure failed or, at full size, a target is missed.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import attrs
 import torch
@@ -101,35 +103,83 @@ def take_step(problem: AlignProblem, figure: Figure, latents: Tensor, step: int)
     return problem.draw(transition)
 
 
-def measure(networks: Networks, figure: Figure, repeats: int) -> dict[str, Any]:
-    """``seconds`` of every step but the first, ``passes`` of one, and ``memory``, the peak above the weights in bytes.
+@attrs.define(eq=False)
+class Walk:
+    """The steps of one figure, which follow one another: a pass begun for a proposal is finished by the next step."""
 
-    Steps follow one another, so that a pass begun for a proposal is finished by the next one.
-    """
-    estimator = {"stitched": Stitched(networks.value), "tweedie": Tweedie(networks.reward), None: None}
-    if figure.checkpointing:
-        networks.checkpoint_gradients()
-    problem = networks.problem(estimator[figure.estimator], reuse=figure.reuse)
-    latents, device, costs = networks.noise, networks.noise.device, []
-    with PeakMemory(device) as memory:
-        for step in range(FIRST_STEP, FIRST_STEP + repeats + 1):
-            with CostMeter() as cost:
-                latents = take_step(problem, figure, latents, step)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-            costs.append(cost)
-    if not bool(latents.isfinite().all()):
-        raise NonFiniteError(f"the latents of {figure.label!r} are not finite, so it took no ordinary step.")
-    seconds = [cost.seconds for cost in costs[1:]]
-    return {
-        "label": figure.label, "seconds": seconds, "min": min(seconds), "median": statistics.median(seconds),
-        "memory": memory.bytes, "passes": dict(costs[-1].passes), "threads": torch.get_num_threads(),
-        "device": processor(device),
-    }  # fmt: skip
+    figure: Figure
+    problem: AlignProblem
+    latents: Tensor
+    costs: list[CostMeter] = attrs.field(factory=list)
+
+    @classmethod
+    def of(cls, networks: Networks, figure: Figure) -> Self:
+        estimator = {"stitched": Stitched(networks.value), "tweedie": Tweedie(networks.reward), None: None}
+        if figure.checkpointing:
+            networks.checkpoint_gradients()
+        return cls(figure, networks.problem(estimator[figure.estimator], reuse=figure.reuse), networks.noise)
+
+    def take(self, step: int) -> None:
+        with CostMeter() as cost:
+            self.latents = take_step(self.problem, self.figure, self.latents, step)
+            if self.latents.device.type == "cuda":
+                torch.cuda.synchronize(self.latents.device)
+        self.costs.append(cost)
+
+    def found(self) -> dict[str, Any]:
+        """``seconds`` of every step but the first, and ``passes`` of one."""
+        if not bool(self.latents.isfinite().all()):
+            raise NonFiniteError(f"the latents of {self.figure.label!r} are not finite, so it took no ordinary step.")
+        seconds = [cost.seconds for cost in self.costs[1:]]
+        return {
+            "label": self.figure.label, "seconds": seconds, "min": min(seconds), "median": statistics.median(seconds),
+            "passes": dict(self.costs[-1].passes), "threads": torch.get_num_threads(),
+            "device": processor(self.latents.device),
+        }  # fmt: skip
+
+
+def steps_of(repeats: int) -> range:
+    """One to warm up, and those that count."""
+    return range(FIRST_STEP, FIRST_STEP + repeats + 1)
+
+
+def measure(networks: Networks, figure: Figure, repeats: int) -> dict[str, Any]:
+    """What :meth:`Walk.found` has, and ``memory``, the peak above the weights in bytes."""
+    walk = Walk.of(networks, figure)
+    with PeakMemory(networks.noise.device) as memory:
+        for step in steps_of(repeats):
+            walk.take(step)
+    return walk.found() | {"memory": memory.bytes}
+
+
+def measure_in_turn(networks: Networks, names: Iterable[str], repeats: int) -> dict[str, dict[str, Any]]:
+    """What :meth:`Walk.found` has of each, all in this process and a step of each in turn."""
+    walks = {name: Walk.of(networks, FIGURES[name]) for name in names}
+    for step in steps_of(repeats):
+        for walk in walks.values():
+            walk.take(step)
+    return {name: walk.found() | {"in_turn": True} for name, walk in walks.items()}
 
 
 def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Ratio]:
-    """What the figures say of each other; seconds are the least of the repeats, which other processes disturb least.
+    """What the figures say of each other: by the least of each one's seconds, which other processes disturb least, or
+    where they were taken in turn the median of what each round says."""
+    if not all(found.get("in_turn") for found in figures.values()):
+        return _ratios(figures)
+    rounds = zip(*(found["seconds"] for found in figures.values()), strict=True)
+    said = [_ratios({name: {"min": took} for name, took in zip(figures, times, strict=True)}) for times in rounds]
+    return {
+        name: attrs.evolve(ratio, value=_median([one[name].value for one in said])) for name, ratio in said[0].items()
+    }
+
+
+def _median(values: Sequence[float]) -> float:
+    """NaN where one of them is."""
+    return math.nan if any(map(math.isnan, values)) else statistics.median(values)
+
+
+def _ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Ratio]:
+    """Of the seconds ``min`` and the ``memory`` of each.
 
     A proposal costs what a step with two takes longer than one with one: another value, whose head's pass is not
     finished. Each of two costs less, as the next step goes on from the pass of the one that is kept.
@@ -183,9 +233,8 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"| {label} | {found['failed']} | | | |")
             continue
         passes = ", ".join(f"{count} {kind}" for kind, count in found["passes"].items())
-        lines.append(
-            f"| {label} | {found['min']:.3f} | {found['median']:.3f} | {found['memory'] / GB:.3f} | {passes} |"
-        )
+        memory = f"{found['memory'] / GB:.3f}" if "memory" in found else ""
+        lines.append(f"| {label} | {found['min']:.3f} | {found['median']:.3f} | {memory} | {passes} |")
     for name, ratio in ratios(figures).items():
         verdict = {True: "ok", False: "MISSED", None: "not measured"}[ratio.met]
         goal = "" if ratio.goal is None else f", target {ratio.goal}: {verdict}"
@@ -194,12 +243,19 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(settings: Sequence[str] | None = None) -> int:
-    given = arguments(parser_of(__doc__ or "", FIGURES), settings)
+    parser = parser_of(__doc__ or "", FIGURES)
+    parser.add_argument("--in-turn", action="store_true", help="one process for all; see above")
+    given = arguments(parser, settings)
     if given.figure:
         sys.stdout.write(json.dumps(measure(networks_for(given), FIGURES[given.figure], given.repeats)) + "\n")
         return 0
-    figures = {name: fresh(__file__, name, given) for name in given.only or FIGURES}
-    out = given.out or (None if given.small or given.only else Path(__file__).with_suffix(".json"))
+    names = list(given.only or FIGURES)
+    if given.in_turn:
+        alike = [name for name in names if not FIGURES[name].checkpointing]
+        figures = measure_in_turn(networks_for(given), alike, given.repeats)
+    else:
+        figures = {name: fresh(__file__, name, given) for name in names}
+    out = given.out or (None if given.small or given.only or given.in_turn else Path(__file__).with_suffix(".json"))
     if out:
         out.write_text(json.dumps(report(figures, given.small, given.dtype), indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(table(figures) + "\n")

@@ -58,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> a
     found = parser.parse_args(given)
     if found.repeats < 1 or (found.threads is not None and found.threads < 1):
         parser.error("--repeats and --threads must be at least 1.")
-    if found.figure and found.threads:
+    if found.threads and (found.figure or getattr(found, "in_turn", False)):
         torch.set_num_threads(found.threads)
     return found
 

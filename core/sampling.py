@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
-from .conditions import Condition, concatenate
+from .conditions import Condition
 from .errors import NonFiniteError
 from .kernels import Kernel, Ode
 from .paths import Prediction, as_sigma
@@ -22,7 +22,7 @@ class Denoiser:
     """A backbone under a prompt: ``guided = uncond + guidance_scale (cond - uncond)`` on the network's output.
 
     ``condition`` holds one sample a latent. A ``guidance_scale`` of 1 runs the conditional pass alone; otherwise both
-    branches are one batch, or two one after the other when ``split`` or when one of them has begun already.
+    branches are one batch, or two one after the other when ``split``.
     """
 
     backbone: Backbone
@@ -37,12 +37,11 @@ class Denoiser:
         level, batch = as_sigma(sigma, latents), len(latents)
         if self.guidance_scale == 1:
             return self.backbone.denoise(latents, level, self.condition, begun)
-        null, condition = self.null.expand(batch), self.condition.expand(batch)
-        if self.split or begun is not None:
-            without, prompted = (self.backbone.denoise(latents, level, c, begun) for c in (null, condition))
+        branches = (self.null.expand(batch), self.condition.expand(batch))
+        if self.split:
+            without, prompted = (self.backbone.denoise(latents, level, branch, begun) for branch in branches)
         else:
-            pair = self.backbone.denoise(latents.repeat(2, 1, 1, 1), level.repeat(2), concatenate([null, condition]))
-            without, prompted = pair.index(slice(batch)), pair.index(slice(batch, None))
+            without, prompted = self.backbone.denoise_under(branches, latents, level, begun)
         z0, eps = (
             getattr(without, name) + self.guidance_scale * (getattr(prompted, name) - getattr(without, name))
             for name in ("z0", "eps")

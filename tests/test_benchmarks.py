@@ -172,6 +172,25 @@ def test_ratios_of_known_figures(guidance):
     }  # fmt: skip
 
 
+def test_taken_in_turn_the_ratio_is_the_median_of_the_rounds(guidance):
+    """The machine becomes slower and slower; by the least of each one's seconds it would be 1.2."""
+    figures = {
+        "unguided": {"seconds": [10, 20, 30], "min": 10, "in_turn": True},
+        "stitched": {"seconds": [12, 30, 39], "min": 12, "in_turn": True},
+    }
+    found = guidance.ratios(figures)
+    assert found["guided / unguided step"].value == pytest.approx(1.3)
+    assert found["Tweedie-guided / guided step"].met is None
+
+
+def test_steps_in_turn_are_those_of_a_process_each(guidance, sd35):
+    networks = sd35.Networks.build(small=True)
+    names = [name for name, figure in guidance.FIGURES.items() if not figure.checkpointing]
+    found = guidance.measure_in_turn(networks, names, repeats=2)
+    assert {name: figure["passes"] for name, figure in found.items()} == {name: PASSES[name] for name in names}
+    assert all(len(figure["seconds"]) == 2 for figure in found.values())
+
+
 def test_a_figure_that_fails_is_reported(guidance, processes, monkeypatch):
     def starved(*_: Any, **__: Any) -> Any:
         return subprocess.CompletedProcess([], -9, "", "")

@@ -107,11 +107,33 @@ def test_samples_are_the_same_as_without(method, name):
     assert saved["head"] == whole["head"]
 
 
+@pytest.mark.parametrize("name", BUILT)
 @pytest.mark.parametrize("method", METHODS)
-def test_samples_are_those_of_both_branches_in_one_batch(method):
+def test_samples_are_those_of_both_branches_in_one_batch(method, name):
+    """A convolution's rounding is another where the head saw the latent among other proposals."""
+    backbone, value, condition, null = family(name)
+    (plain, whole), (again, saved) = (
+        run(method, task(backbone, Stitched(value), condition, null, reuse=reuse, split=False))
+        for reuse in (False, True)
+    )
+    torch.testing.assert_close(again, plain, atol=1e-3, rtol=1e-3)
+    assert saved["resumed"] > 0
+    assert saved["denoiser"] + saved["resumed"] == whole["denoiser"]
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_a_pass_that_has_begun_is_joined_by_the_other_branch(prompted):
+    """Of the blocks that the head ran the other branch runs alone, the rest run for both at once."""
     backbone, value, condition, null = family("mmdit")
-    plain, _ = run(method, task(backbone, Stitched(value), condition, null, reuse=False, split=False))
-    again, _ = run(method, task(backbone, Stitched(value), condition, null, reuse=True, split=False))
+    value.prompted = prompted
+    plain, _ = run("dps", task(backbone, Stitched(value), condition, null, reuse=False, split=False))
+    sizes: dict[int, list[int]] = {CUT - 1: [], CUT: []}
+    for block, seen in sizes.items():
+        backbone.net.transformer_blocks[block].register_forward_pre_hook(
+            lambda _, __, given, seen=seen: seen.append(len(given["hidden_states"])), with_kwargs=True
+        )
+    again, _ = run("dps", task(backbone, Stitched(value), condition, null, reuse=True, split=False))
+    assert sizes == {CUT - 1: [4, 4] * 4, CUT: [8] * 4}  # four steps of two particles of two prompts
     torch.testing.assert_close(again, plain, atol=1e-4, rtol=1e-4)
 
 
