@@ -1,7 +1,7 @@
 """Gradients through attention on CPUs: torch's backward pass of it, in bfloat16, by one that is faster there.
 
-torch (2.14) has one kernel for it, which hardly uses the matrix instructions of a CPU that has them: the products it is
-made of, written out a few heads at a time, take half as long (``benchmarks/guidance_sd35.py`` is where it is seen).
+torch's own (2.14) leaves much of the matrix instructions of a CPU that has them unused: the products it is made of,
+written out a few heads at a time, take less of it, the fewer tokens the less (``benchmarks/attention_backward.py``).
 """
 
 from __future__ import annotations
