@@ -191,6 +191,15 @@ def test_steps_in_turn_are_those_of_a_process_each(guidance, sd35):
     assert all(len(figure["seconds"]) == 2 for figure in found.values())
 
 
+def test_attention_is_taken_back_both_ways_in_turn(monkeypatch, capsys):
+    attention = script("attention_backward", monkeypatch)
+    assert all(own > 0 and products > 0 for own, products in attention.rounds(2, 16, 3))
+    monkeypatch.setattr(attention, "SIZES", {"tiny": (2, 16)})
+    monkeypatch.setattr("sys.argv", ["attention_backward.py", "--threads", "1", "--repeats", "1"])
+    attention.main()
+    assert "| tiny | " in capsys.readouterr().out
+
+
 def test_a_figure_that_fails_is_reported(guidance, processes, monkeypatch):
     def starved(*_: Any, **__: Any) -> Any:
         return subprocess.CompletedProcess([], -9, "", "")
