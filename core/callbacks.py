@@ -186,7 +186,7 @@ class GuidanceCallback(StepCallback):
         z = step.latents.requires_grad_()
         with torch.enable_grad():
             values = self.read(pipeline, z, step.sigma)
-            gradient = gradient_in(z, values, self._backbone.dtype)
+            gradient = gradient_in(z, values, self.value.dtype)
         if not bool(gradient.isfinite().all()):
             raise NonFiniteError(f"the value's gradient is not finite at sigma {step.sigma:g}; use a lower strength.")
         if self.normalisation == "unit-rms":

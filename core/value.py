@@ -143,6 +143,11 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
     def device(self) -> torch.device:
         return next(self.branches.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its layers and tails compute in; a head cut at the latents has no parameter to ask."""
+        return next(self.branches.parameters()).dtype
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``to``, ``half`` and their like do; the clean rewards go to the same device and keep their precision."""
         moved: Self = super()._apply(fn, recurse)
@@ -234,7 +239,7 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
             reuse.keep(BegunPass.stopped(backbone, x, condition, self.head.cut, state))
         else:
             grid = self.head(x, condition)
-        return grid.to(next(self.branches.parameters()).dtype)
+        return grid.to(self.dtype)
 
     def outputs(
         self, latents: Tensor, sigma: float | Tensor, prompt: Condition | None = None
