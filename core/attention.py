@@ -1,7 +1,7 @@
-"""Gradients through attention on CPUs: torch's backward pass of it, in bfloat16, by one that is faster there.
+"""Gradients through attention on CPUs in bfloat16: its backward pass written out in matrix products.
 
-torch's own (2.14) leaves much of the matrix instructions of a CPU that has them unused: the products it is made of,
-written out a few heads at a time, take less of it, the fewer tokens the less (``benchmarks/attention_backward.py``).
+torch's own (2.14) leaves much of the matrix instructions of a CPU that has them unused. The products it is made of, a
+few heads at a time, take less time for few tokens; for many it depends (``benchmarks/attention_backward.py``).
 """
 
 from __future__ import annotations
