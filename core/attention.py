@@ -1,7 +1,7 @@
 """Gradients through attention on CPUs in bfloat16: its backward pass written out in matrix products.
 
 torch's own (2.14) leaves much of the matrix instructions of a CPU that has them unused. The products it is made of, a
-few heads at a time, take less time for few tokens; for many it depends (``benchmarks/attention_backward.py``).
+few heads at a time, take less time (``benchmarks/attention_backward.py``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 TORCHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-SCORES_AT_ONCE = 2**22
+SCORES_AT_ONCE = 2**21
 """Of so many queries and keys at once, few enough for what is computed of them to stay in a processor's cache."""
 
 
@@ -59,13 +59,16 @@ def attention_backward(
     inputs = (query * scale, key, value)
     out, *heads = (tensor.flatten(0, 1).contiguous() for tensor in (grad, *inputs))
     found = [torch.empty_like(tensor) for tensor in heads]
-    each = max(SCORES_AT_ONCE // (query.shape[2] * key.shape[2]), 1)
+    each = min(max(SCORES_AT_ONCE // (query.shape[2] * key.shape[2]), 1), len(out))
+    scratch = [query.new_empty(each, query.shape[2], key.shape[2]) for _ in range(3)]
     for start in range(0, len(out), each):
         few = slice(start, start + each)
         g, q, k, v = (tensor[few] for tensor in (out, *heads))
-        weights = torch.bmm(q, k.mT).softmax(-1)
-        scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.mT), weights, -1, weights.dtype)
-        for into, (left, right) in zip(found, ((scores, k), (scores.mT, q), (weights.mT, g)), strict=True):
-            torch.bmm(left, right, out=into[few])
+        into, weights, scores = (tensor[: len(q)] for tensor in scratch)
+        torch.softmax(torch.bmm(q, k.mT, out=into), -1, out=weights)
+        torch.bmm(g, v.mT, out=into)
+        torch.ops.aten._softmax_backward_data.out(into, weights, -1, weights.dtype, grad_input=scores)
+        for passed, (left, right) in zip(found, ((scores, k), (scores.mT, q), (weights.mT, g)), strict=True):
+            torch.bmm(left, right, out=passed[few])
     found[0].mul_(scale)
     return tuple(each.view_as(tensor) for each, tensor in zip(found, inputs, strict=True))  # type: ignore[return-value]

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from stitchvm.core import RewardOutput, SliceError
 
 from .openclip import OpenClipReward, TextTower
+from .quick_gelu import take_quick_gelu_in_one
 from .token_tower import TokenTower, Transform
 
 
 class ClipReward(OpenClipReward, TokenTower):
     """A :class:`Reward` over open_clip's ``VisionTransformer``; its score is the cosine similarity with the prompt.
 
-    The state is the tokens ``[B, 1 + grid_size^2, C]``, CLS first. ``companions`` is the :class:`TextTower`.
+    The state is the tokens ``[B, 1 + grid_size^2, C]``, CLS first. ``companions`` is the :class:`TextTower`. A tower's
+    QuickGELU is replaced by one that gives the same numbers and keeps less for the backward pass.
     """
 
     net: VisionTransformer
@@ -23,6 +25,7 @@ class ClipReward(OpenClipReward, TokenTower):
 
     def __init__(self, visual: nn.Module, transform: Transform, text: TextTower | None = None) -> None:
         tower = _supported(visual)
+        take_quick_gelu_in_one(tower)
         super().__init__(tower, transform, image_size=tower.image_size[0], grid_size=tower.grid_size[0], prefix_count=1)
         self.companions = text
         self._layers = len(tower.transformer.resblocks)
