@@ -27,7 +27,8 @@ def number_within(low: float, high: float = math.inf) -> Validator:
     """A finite number from ``low`` to ``high``, both allowed."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if not isinstance(value, int | float) or not (math.isfinite(value) and low <= value <= high):
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
+        if not (math.isfinite(number) and low <= number <= high):
             wanted = "" if low == -math.inf else f" from {low:g} " + ("on" if high == math.inf else f"to {high:g}")
             raise ConfigError(f"{attribute.name} is {value!r}; give a finite number{wanted}.")
 

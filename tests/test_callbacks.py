@@ -282,6 +282,7 @@ def test_a_value_that_is_not_finite(pipelines):
         ({"interval": 0}, "interval is 0; give a whole number from 1 on"),
         ({"interval": 1.5}, "interval is 1.5; give a whole number"),
         ({"strength": "2"}, "strength is '2'; give a finite number from 0 on"),
+        ({"strength": True}, "strength is True; give a finite number from 0 on"),
         ({"prompt": None}, "prompt is None; give the prompt"),
         ({"seed": -1}, "seed is -1; give a whole number from 0 on"),
         ({"height": 64}, "give both height and width"),
