@@ -48,12 +48,13 @@ def test_it_can_be_differentiated_twice():
     torch.testing.assert_close(once, gradient(QuickGELU(), x, torch.ones_like(x)))
 
 
-@pytest.mark.parametrize(("activation", "kept"), [(QuickGeluInOne(), 1), (QuickGELU(), 3)])
+@pytest.mark.parametrize(("activation", "kept"), [(QuickGeluInOne(), 1), (QuickGELU(), 2)])
 def test_it_keeps_its_input_alone(activation, kept):
+    """However often a tensor is kept, it is there once."""
     seen = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor.shape) or tensor, lambda it: it):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda it: it):
         activation(drawn(torch.float32).requires_grad_())
-    assert len([shape for shape in seen if shape == (3, 50)]) == kept
+    assert len({tensor.data_ptr() for tensor in seen if tensor.shape == (3, 50)}) == kept
 
 
 @pytest.mark.parametrize("quick", [True, False])

@@ -1,4 +1,4 @@
-"""QuickGELU as one node of autograd: open_clip's own keeps two tensors more for its backward pass and takes longer."""
+"""QuickGELU as one node of autograd: open_clip's own keeps a tensor more for its backward pass and takes longer."""
 
 from __future__ import annotations
 
