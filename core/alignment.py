@@ -19,7 +19,7 @@ from .conditions import Condition
 from .costs import CostMeter
 from .errors import ConfigError
 from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
-from .joint import AnyReward, JointReward, load_judge
+from .joint import AnyReward, GivenReward, JointReward, load_judge
 from .loading import load_aligner, load_backbone, name_of
 from .lora import with_lora
 from .monte_carlo import MonteCarlo
@@ -48,7 +48,7 @@ def align(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     resolution: int | tuple[int, int] | None = None,
-    reward: str | AnyReward | Sequence[str] | None = None,
+    reward: GivenReward | None = None,
     lora: str | Path | None = None,
     batch: int = 64,
     reuse: bool = True,
@@ -61,7 +61,8 @@ def align(
     ``method``: a registered name (``sample``, ``best-of-n``, ``fk-steering``, ``dps`` ..) with its own ``settings`` as
     further keywords, or a ready object. ``value``: what steers it, a stitched value model (or the folder of one),
     ``"tweedie"`` or ``"monte-carlo"`` (with ``reward``), any estimator, or None for a method that needs none.
-    ``reward``: what picks each prompt's best particle, the value's own by default; the sum of several names.
+    ``reward``: what picks each prompt's best particle, the value's own by default; the sum of several names, or of
+    their weights by name (``{"hpsv2": 1, "clip-vit-l-14": 0.5}``).
     ``lora``: the folder of one that the backbone samples with (:func:`~stitchvm.core.train` writes such); a value
     model's head goes on reading the backbone without it. ``guidance_scale`` of
     classifier-free guidance: 3, or 1 for a backbone whose own embedded guidance needs no second pass;
@@ -245,7 +246,7 @@ def resolve_method(method: Any, settings: dict[str, Any]) -> Any:
 
 
 def resolve_value(
-    value: Value, reward: str | AnyReward | Sequence[str] | None, backbone: Backbone, seed: int
+    value: Value, reward: GivenReward | None, backbone: Backbone, seed: int
 ) -> tuple[Estimator | None, AnyReward]:
     """The estimator, whose own noise if any is of ``seed``, and the clean reward: the value's own unless given."""
     given = None if reward is None else load_judge(reward, backbone.device)

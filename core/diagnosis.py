@@ -27,7 +27,7 @@ from .errors import ConfigError, NonFiniteError
 from .estimators import Estimator
 from .files import cache_key, make_folder
 from .gradients import Gradients, compare_gradients, per_latent
-from .joint import AnyReward, load_judge
+from .joint import AnyReward, GivenReward, load_judge
 from .kernels import Ancestral, Kernel, Ode
 from .loading import load_backbone
 from .provenance import network_identity, versions
@@ -124,7 +124,7 @@ class Diagnosis:
 def diagnose(
     backbone: str | Backbone,
     estimators: Mapping[str, Estimator],
-    reward: str | AnyReward,
+    reward: GivenReward,
     prompts: Sequence[str],
     *,
     kernel: Kernel | None = None,

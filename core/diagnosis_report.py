@@ -14,7 +14,7 @@ from .diagnosis_plots import diagnosis_panels
 from .errors import ArtefactError, ConfigError
 from .estimators import Estimator
 from .files import make_folder, read_json, write_json
-from .joint import AnyReward, load_judge
+from .joint import GivenReward, load_judge
 from .kernels import Ancestral, Kernel
 from .loading import load_backbone
 from .provenance import versions
@@ -25,7 +25,7 @@ REPORT = "diagnosis.json"
 def run_diagnosis(
     backbone: str | Backbone,
     estimators: Mapping[str, Estimator],
-    reward: str | AnyReward,
+    reward: GivenReward,
     prompts: Sequence[str],
     out: str | Path,
     *,

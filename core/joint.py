@@ -48,8 +48,11 @@ def load_rewards(
 
 
 def checked_weights(names: Sequence[str], weights: Sequence[float] | None) -> tuple[float, ...]:
-    """One finite weight a reward, 1 by default; :class:`ConfigError` for another number of them."""
-    found = (1.0,) * len(names) if weights is None else tuple(float(weight) for weight in weights)
+    """One finite weight a reward, 1 by default; :class:`ConfigError` for another number of them, or no numbers."""
+    try:
+        found = (1.0,) * len(names) if weights is None else tuple(float(weight) for weight in weights)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"weights are {weights!r}; give a number a reward, in their order.") from error
     if len(found) != len(names):
         raise ConfigError(
             f"{len(names)} rewards ({', '.join(names)}) but {len(found)} weights; give one a reward, in their order."
@@ -198,6 +201,9 @@ class JointReward:
 AnyReward = Reward | JointReward
 """What rates clean images."""
 
+GivenReward = str | AnyReward | Sequence[str] | Mapping[str, float]
+"""What users name a reward by: its name or itself, the names of several (weight 1 each), or their weights by name."""
+
 
 def load_judges(
     rewards: str | AnyReward | Sequence[str | AnyReward], device: torch.device | str = "cpu"
@@ -207,10 +213,16 @@ def load_judges(
     return [load_judge(each, device) for each in given]
 
 
-def load_judge(reward: str | AnyReward | Sequence[str], device: torch.device | str = "cpu") -> AnyReward:
-    """As :func:`load_reward`; a joint reward comes back as it is, and several names become one, weight 1 each."""
+def load_judge(reward: GivenReward, device: torch.device | str = "cpu") -> AnyReward:
+    """As :func:`load_reward`; a joint reward comes back as it is, several names become one, weight 1 each or as given.
+
+    Raises also :class:`ConfigError` for a name given twice, for none, and for a weight that is not a finite number.
+    """
     if isinstance(reward, JointReward):
         return reward
+    if isinstance(reward, Mapping):
+        joint = JointReward(list(reward), list(reward.values()), device=device)
+        return joint if joint.weights != (1.0,) else next(iter(joint.rewards.values()))
     if isinstance(reward, Sequence) and not isinstance(reward, str):
         return load_reward(reward[0], device=device) if len(reward) == 1 else JointReward(reward, device=device)
     return load_reward(reward, device=device)

@@ -18,7 +18,7 @@ from .costs import CostMeter
 from .datasets import Judge
 from .errors import ConfigError
 from .estimators import Estimator, Prompted, clean_reward
-from .joint import AnyReward, load_judge
+from .joint import AnyReward, GivenReward, load_judge
 from .kernels import Kernel, Ode, Transition
 from .loading import load_backbone
 from .metrics import spearman
@@ -100,7 +100,7 @@ def closest_steps(sigmas: Tensor, requested: Sequence[float]) -> list[int]:
 def rank_seeds(
     backbone: str | Backbone,
     estimators: Mapping[str, Estimator],
-    reward: str | AnyReward,
+    reward: GivenReward,
     prompts: Sequence[str],
     *,
     seeds: int = 12,

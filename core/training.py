@@ -26,7 +26,7 @@ from .datasets import Judge
 from .errors import ConfigError, NonFiniteError
 from .estimators import Estimator, Stitched, Sum, Tweedie
 from .files import make_folder
-from .joint import AnyReward, load_judges
+from .joint import AnyReward, GivenReward, load_judges
 from .loading import load_backbone
 from .policy import Policy
 from .processes import join_group
@@ -60,7 +60,7 @@ def train(
     steps: int = 10,
     guidance_scale: float = 1.0,
     resolution: int | tuple[int, int] | None = None,
-    reward: str | AnyReward | Sequence[str] | None = None,
+    reward: GivenReward | None = None,
     held_out_rewards: str | AnyReward | Sequence[str | AnyReward] = (),
     judges: Mapping[str, Judge] | None = None,
     evaluation_prompts: Sequence[str] | None = None,
@@ -71,9 +71,10 @@ def train(
 
     ``method``: a registered name (``draft``, ``diffusion-nft`` ..) with its own ``settings`` as further keywords, or a
     ready object. ``value``: what is maximised where a rollout stops, a stitched value model (or its folder) or another
-    estimator; None for the clean ``reward`` at the end of full rollouts. ``held_out_rewards`` are never trained on:
-    they are evaluated beside the trained one, and a fall of theirs is warned of (reward hacking); so are ``judges`` of
-    finished images, by name (a detector: ``judge(images, prompts) -> [P]``). Evaluation samples
+    estimator; None for the clean ``reward`` at the end of full rollouts. ``reward``: the value's own by default; the
+    sum of several names, or of their weights by name (``{"hpsv2": 1, "clip-vit-l-14": 0.5}``). ``held_out_rewards`` are
+    never trained on: they are evaluated beside the trained one, and a fall of theirs is warned of (reward hacking); so
+    are ``judges`` of finished images, by name (a detector: ``judge(images, prompts) -> [P]``). Evaluation samples
     ``evaluation_prompts`` (by default the first 16 of ``prompts``) with averaged weights, always from the same noise.
 
     ``out`` gets ``train.json`` (settings, versions, cost, history), ``training.png``, image grids, and what plain

@@ -75,6 +75,7 @@ def run(run, networks, install):
 
 
 PAIR = ("tiny-sd3", "tiny-clip", "--images", "noise")
+SAMPLE = ("align", "sample", "tiny-sd3", "--prompts", "noise", "--count", "2", "--out", "OUT")
 SHORT = ("--steps", "2", "--batch-size", "4", "--probes", "8", "--blocks", "1-2", "--cuts", "1,3")
 
 
@@ -176,6 +177,31 @@ def test_stitch_evaluate_align_and_compare(run, tmp_path):
     assert code != 0 and "runs of align alone are repeated" in err
 
 
+def test_several_rewards_have_weights(run, tmp_path):
+    """``tiny-other`` rates as ``tiny-clip`` does, so that their weighted sum is known: 1 - 0.25 of it."""
+    sample = ("align", "sample", "tiny-sd3", "--prompts", "noise", "--count", 3, "--steps", 2, "--json")
+    both = ("--reward", "tiny-clip, tiny-other", "--weights", "1,-0.25")
+    ratings = {}
+    for name, options in (("alone", ("--reward", "tiny-clip")), ("both", both)):
+        code, out, err = run(*sample, *options, "--out", tmp_path / name)
+        assert code == 0, err
+        ratings[name] = json.loads(out)["reward"]["mean"]
+    assert ratings["both"] == pytest.approx(0.75 * ratings["alone"], rel=1e-4) != 0
+    code, out, err = run(
+        "align", "draft", "tiny-sd3", "--prompts", "noise", "--count", 2, "--steps", 2, *both, "--out",
+        tmp_path / "tuned", "--evaluation-prompts", 2, "--train", "updates=1", "--train", "prompts_per_update=2",
+        "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "tiny-clip + -0.25 tiny-other" in json.loads(out)["evaluations"][-1]["rewards"]
+    code, out, err = run(
+        "diagnose", "tiny-sd3", "--prompts", "noise", "--count", 2, "--seeds", 3, "--steps", 2, "--sigmas", "0.5",
+        "--estimators", "tweedie", "--kernel", "ode", "--no-gradients", *both, "--out", tmp_path / "found", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["kernels"]["ode"]["settings"]["reward"]["name"] == "tiny-clip + -0.25 tiny-other"
+
+
 def test_a_value_model_is_finetuned_further(run, tmp_path, monkeypatch):
     """From its own weights, cut as it was, without a search; more steps of one that never moves change nothing."""
     first, again, still = tmp_path / "first", tmp_path / "again", ("--batch-size", 4, "--count", 8, "--json")
@@ -249,6 +275,10 @@ def test_skipped_images_are_named(run, tmp_path):
             "stitch takes probes from start_from",
         ),
         (("stitch", *PAIR, "--out", "OUT", "--start-from", "no-such"), "'no-such' holds no value model"),
+        ((*SAMPLE, "--weights", "1,2"), "--weights are of the rewards of --reward; name those"),
+        ((*SAMPLE, "--reward", "tiny-clip,tiny-other", "--weights", "1"), "2 rewards (tiny-clip, tiny-other) but 1"),
+        ((*SAMPLE, "--reward", "tiny-clip", "--weights", "much"), "--weights is 'much'; write numbers"),
+        ((*SAMPLE, "--reward", "tiny-clip,tiny-clip", "--weights", "1,2"), "give it once, with a larger weight"),
         (("evaluate", "OUT", "--data", "noise"), "neither a value model"),
         (("evaluate", "OUT"), "--data"),
         (("evaluate", "OUT", "OUT"), "align.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from stitchvm import core
 from stitchvm.core import Condition, ConfigError, CostMeter, JointReward, StitchedValue, artefact, evaluation
 from stitchvm.core.examples import Examples
 from stitchvm.core.finetune_settings import FinetuneSettings
+from stitchvm.core.joint import load_judge
 from stitchvm.core.stitching import joined
 from stitchvm.core.value import Interface
 
@@ -334,6 +336,18 @@ def test_the_joint_reward_rates_images_by_the_weighted_sum(rewards) -> None:
     assert joint.condition_kind == "prompts"
     rows = joint.condition(PROMPTS).index([2]).expand(3)
     torch.testing.assert_close(joint.rate(images, rows), joint.rate(images, joint.condition([PROMPTS[2]] * 3)))
+
+
+def test_a_reward_may_be_given_as_weights_by_name(monkeypatch) -> None:
+    monkeypatch.setattr("stitchvm.core.joint.load_reward", lambda name, device: twin(name))
+    found = load_judge({HPS: 1, AESTHETIC: 0.5})
+    assert isinstance(found, JointReward)
+    assert (found.record.name, found.weights) == (f"{HPS} + 0.5 {AESTHETIC}", (1.0, 0.5))
+    assert load_judge({HPS: 1}) is twin(HPS)
+    assert load_judge({HPS: 2}).record.name == f"2 {HPS}"
+    for wrong, message in ({}, "no reward was given"), ({HPS: "much"}, "give a number"), ({HPS: math.nan}, "finite"):
+        with pytest.raises(ConfigError, match=message):
+            load_judge(wrong)
 
 
 def test_what_a_joint_reward_compares_with() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, key_values, names, refuse_given
+from .options import BackboneName, Weights, key_values, refuse_given, weighted
 from .output import Json, print_json, print_table
 from .training import train_and_print
 
@@ -41,6 +41,7 @@ def command(
         str | None,
         typer.Option(metavar="LIST", help="Picks the best sample; the sum of several (default: the value's own)."),
     ] = None,
+    weights: Weights = None,
     lora: Annotated[
         str | None, typer.Option(metavar="DIR", help="A LoRA to sample with, such as a method that trains wrote.")
     ] = None,
@@ -91,7 +92,7 @@ def command(
     if value is not None and estimator is not None:
         raise ConfigError("--value and --estimator each say what steers; give one of them.")
     steered_by, own = value if estimator is None else estimator, method_settings(context, settings or ())
-    judge = None if reward is None else names(reward, "--reward")
+    judge = weighted(reward, weights)
     if registry().aligner(method).trains:
         surplus = ("particles", "proposals", "batch", "reuse", "lora", "negative_prompt")
         refuse_given(context, surplus, f"{method} trains; see --set, and --train batch=N.")

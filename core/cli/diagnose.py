@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, levels, names
+from .options import BackboneName, Weights, levels, names, weighted
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
+    import torch
+
     from ..backbone import Backbone
     from ..estimators import Estimator
-    from ..joint import AnyReward
+    from ..joint import AnyReward, GivenReward
     from ..kernels import Kernel
     from ..value import StitchedValue
 
@@ -32,7 +34,11 @@ def command(
     value: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="A value model to measure; may be repeated.")
     ] = None,
-    reward: Annotated[str | None, typer.Option(help="What is estimated (default: the value model's own).")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="What is estimated; the sum of several (default: the value model's own)."),
+    ] = None,
+    weights: Weights = None,
     lora: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A LoRA to draw the samples with; values keep their own heads.")
     ] = None,
@@ -81,7 +87,7 @@ def command(
     network = load_backbone(backbone)
     sampled = network if lora is None else with_lora(network, lora)
     models = _values(value or [], network)
-    judge = _judge(reward, models)
+    judge = _judge(weighted(reward, weights), models, network.device)
     report = run_diagnosis(
         sampled, _estimators(wanted, models, judge, rollout_steps, drawn, seed), judge,
         open_prompts(prompts, count, split="test"), out, rollout_kernel=drawn, batch=batch,
@@ -125,7 +131,7 @@ def _values(folders: Sequence[Path], backbone: Backbone) -> dict[str, StitchedVa
     }
 
 
-def _judge(reward: str | None, models: Mapping[str, StitchedValue]) -> AnyReward:
+def _judge(reward: GivenReward | None, models: Mapping[str, StitchedValue], device: torch.device) -> AnyReward:
     """The reward that all values estimate, by default the values' own."""
     from ..joint import load_judge
     from ..loading import name_of
@@ -133,7 +139,7 @@ def _judge(reward: str | None, models: Mapping[str, StitchedValue]) -> AnyReward
     if reward is None and not models:
         raise ConfigError("nothing says what to estimate; give --reward, or a value model by --value.")
     objectives = {name: model.objective() for name, model in models.items()}
-    judge = next(iter(objectives.values())) if reward is None else load_judge(reward)
+    judge = next(iter(objectives.values())) if reward is None else load_judge(reward, device)
     for name, objective in objectives.items():
         if name_of(objective) != name_of(judge):
             raise ConfigError(

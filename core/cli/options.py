@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +24,9 @@ Cuts = Annotated[
     str | None, typer.Option(metavar="LIST", help="Backbone cuts to try, such as 2,4-8 (default: after every block).")
 ]
 Blocks = Annotated[str, typer.Option(metavar="LIST", help="Reward blocks to try entering before, such as 1-4.")]
-
+Weights = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Of the rewards of --reward, such as 1,0.5 (default: 1 each).")
+]
 Taps = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Earlier backbone cuts that the layer reads too, such as 1,4 (default: none)."),
@@ -45,6 +47,26 @@ def reals(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(f"{option} is {text!r}; write numbers, such as 1,0.5.") from error
+
+
+def weighted(reward: str | None, weights: str | None) -> Sequence[str] | Mapping[str, float] | None:
+    """What ``--reward`` and ``--weights`` say together; None for neither, which leaves the reward to the value.
+
+    Raises :class:`ConfigError` for weights without a reward or as many, and for a reward given twice.
+    """
+    if reward is None:
+        if weights is not None:
+            raise ConfigError("--weights are of the rewards of --reward; name those.")
+        return None
+    found = names(reward, "--reward")
+    if weights is None:
+        return found
+    from ..joint import checked_weights
+
+    by_name = dict(zip(found, checked_weights(found, reals(weights, "--weights")), strict=True))
+    if len(by_name) < len(found):
+        raise ConfigError(f"--reward is {reward!r}, one of them twice; give it once, with a larger weight.")
+    return by_name
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
