@@ -24,8 +24,9 @@ from .loading import load_aligner, load_backbone, name_of
 from .lora import with_lora
 from .monte_carlo import MonteCarlo
 from .particles import initial_noise, step_generators
-from .problem import Aligner, AlignProblem, BegunPasses
+from .problem import Aligner, AlignProblem
 from .provenance import network_identity, sampled_identity, weights_digest
+from .reuse import BegunPasses
 from .sampling import Denoiser, chosen_guidance
 from .structuring import plain, structure, with_config_errors
 from .validators import whole_from

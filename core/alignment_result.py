@@ -50,18 +50,19 @@ class AlignResult:
     @property
     def rewards(self) -> Tensor:
         """``[P]``: the clean reward of each prompt's best particle."""
-        return self.particles.rewards.amax(1)
+        return self.particles.rewards.gather(1, self.particles.best[:, None]).squeeze(1)
 
     @property
     def seed(self) -> int:
         return int(self.settings["seed"])
 
     def report(self) -> dict[str, Any]:
-        """JSON-able: settings, versions, cost, mean reward and one entry a prompt."""
+        """JSON-able: settings, versions, cost, mean reward, one entry a prompt; None for a reward that is no number."""
         found, dropped = self.particles, self.particles.dropped
         entries = [
             {"prompt": prompt, "file": _file(number), "reward": float(self.rewards[number]),
-             "best": int(found.best[number]), "particle_rewards": found.rewards[number].tolist(),
+             "best": int(found.best[number]),
+             "particle_rewards": [None if math.isnan(one) else one for one in found.rewards[number].tolist()],
              "weights": found.weights[number].tolist(), "ancestry": found.ancestry[number].tolist(),
              "ess": [float(look.ess[number]) for look in found.history], "dropped": int(dropped[number])}
             for number, prompt in enumerate(self.prompts)

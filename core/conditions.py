@@ -52,7 +52,7 @@ class Condition:
 
     def index(self, rows: Tensor | slice | Sequence[int]) -> Condition:
         """The chosen samples."""
-        return Condition({name: t[rows] for name, t in self.tensors.items()})
+        return Condition({name: _rows(t, rows) for name, t in self.tensors.items()})
 
     def equals(self, other: Condition) -> bool:
         """The same names with the same numbers."""
@@ -71,4 +71,20 @@ def concatenate(parts: Sequence[Condition]) -> Condition:
     for part in parts:
         if set(part.tensors) != names:
             raise SliceError(f"cannot join conditions that hold {sorted(names)} and {sorted(part.tensors)}.")
-    return Condition({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
+    return Condition({name: _stacked([part[name] for part in parts]) for name in parts[0].tensors})
+
+
+# One sample that stands for many, as the null prompt's does, is not copied for each of them.
+
+
+def _rows(tensor: Tensor, rows: Tensor | slice | Sequence[int]) -> Tensor:
+    if tensor.stride(0) != 0:
+        return tensor[rows]
+    return tensor[:1].expand(len(torch.arange(len(tensor), device=tensor.device)[rows]), *tensor.shape[1:])
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    first, count = tensors[0], sum(map(len, tensors))
+    if all(len(one) and one.stride(0) == 0 and torch.equal(one[:1], first[:1]) for one in tensors):
+        return first[:1].expand(count, *first.shape[1:])
+    return torch.cat(list(tensors))

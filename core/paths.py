@@ -43,8 +43,8 @@ def spread(level: Tensor, like: Tensor) -> Tensor:
 @attrs.frozen(eq=False)
 class Prediction:
     """What a denoiser says about one batch: ``z0`` and ``eps`` estimates ``[B, C, H, W]`` at ``latents``, ``sigma
-    [B]``; under classifier-free guidance also the ``contrast`` that it scaled, the noise estimate with the prompt less
-    that without."""
+    [B]``; under classifier-free guidance also the ``contrast``, by which it changes the noise estimate without the
+    prompt: its scale times the estimate with the prompt less that without."""
 
     path: Path
     latents: Tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import ClassVar, Protocol
 
 import attrs
@@ -21,7 +22,7 @@ from .estimators import Estimator, Prompted
 from .kernels import Transition
 from .particles import Particles
 from .paths import Prediction, as_sigma, spread
-from .reuse import BegunPass, PassKeeper, joined
+from .reuse import BegunPass, BegunPasses, PassKeeper
 from .sampling import sample
 
 Judge = Callable[[Tensor, Prompted], tuple[Tensor, Tensor]]
@@ -40,29 +41,6 @@ class Look:
     prediction: Prediction
     values: Tensor
     gradients: Tensor | None = None
-
-
-@attrs.define(eq=False)
-class BegunPasses:
-    """The passes that the estimator's head began last, for the denoising step that comes next."""
-
-    enabled: bool = True
-    last: BegunPass | None = None
-
-    def keep(self, parts: Sequence[BegunPass | None]) -> None:
-        """One begun pass a chunk; a chunk without one leaves nothing to be finished."""
-        known = [part for part in parts if part is not None]
-        self.last = joined(known) if known and len(known) == len(parts) and self.enabled else None
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows, as latents are chosen among proposals."""
-        if self.last is not None:
-            self.last = self.last.index(rows)
-
-    def take(self, rows: int) -> BegunPass | None:
-        """What was kept, if it is of so many rows; it serves once."""
-        last, self.last = self.last, None
-        return last if last is not None and len(last) == rows else None
 
 
 @attrs.frozen(eq=False)
@@ -131,16 +109,22 @@ class AlignProblem:
         Raises :class:`ConfigError` without an estimator and :class:`NonFiniteError` where no particle of a prompt has a
         value that is finite; warns where some have none.
         """
+        read = list(self._read(latents, sigma, prediction, owners))
+        self.begun.keep([begun for _, _, begun in read])
+        return self._checked(torch.cat([values for _, values, _ in read]), latents, sigma, owners)
+
+    def _read(
+        self, latents: Tensor, sigma: Tensor, prediction: Prediction | None = None, owners: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, BegunPass | None]]:
+        """The values of each chunk, and the pass begun there that a denoising step could finish."""
         estimator, level = self._estimator(), as_sigma(sigma, latents)
-        values, begun = [], []
+        # With a prediction at hand the latents have been denoised: nobody will finish the head's pass.
+        finishable = self.begun.enabled and prediction is None
         for part, context in self.chunks(len(latents), owners):
             known = None if prediction is None else prediction.index(part)
-            with PassKeeper() as kept:
-                values.append(estimator(latents[part], level[part], context, known))
-            begun.append(self._finishable(kept))
-        # With a prediction at hand the latents have been denoised: nobody will finish the head's pass.
-        self.begun.keep(begun if prediction is None else [])
-        return self._checked(torch.cat(values).float(), latents, sigma, owners)
+            with PassKeeper() if finishable else nullcontext() as kept:
+                values = estimator(latents[part], level[part], context, known)
+            yield part, values.float(), None if kept is None else self._finishable(kept)
 
     def look(self, latents: Tensor, sigma: Tensor) -> Look:
         """Prediction and values of flat latents, each pass run once: an estimator that goes through the denoiser reads
@@ -152,30 +136,52 @@ class AlignProblem:
         return Look(self.denoise(latents, sigma), values)
 
     def differentiate(self, latents: Tensor, sigma: Tensor) -> Look:
-        """As :meth:`look`, with the values' gradients in the latents."""
+        """As :meth:`look`, with the values' gradients in the latents.
+
+        Raises also :class:`ConfigError` for values without a gradient, and :class:`NonFiniteError` where no particle of
+        a prompt has a finite one; warns where some have none.
+        """
         estimator, level = self._estimator(), as_sigma(sigma, latents)
         through, parts, begun = _through_denoiser(estimator), [], []
         for part, context in self.chunks(len(latents)):
             z = latents[part].detach().requires_grad_()
-            with torch.enable_grad(), PassKeeper() as kept:
+            keeper = PassKeeper() if self.begun.enabled and not through else nullcontext()
+            with torch.enable_grad(), keeper as kept:
                 prediction = context.denoiser(z, level[part]) if through else None
                 values = estimator(z, level[part], context, prediction)
-                gradients = _gradients(values, z, self.backbone.dtype)
+                gradients = self._gradients(values, z)
             parts.append((values.detach().float(), gradients.float(), prediction))
-            begun.append(self._finishable(kept))
-        self.begun.keep([] if through else begun)
-        values = self._checked(torch.cat([part[0] for part in parts]), latents, sigma, None)
-        gradients = torch.cat([part[1] for part in parts])
-        lost = ~gradients.flatten(1).isfinite().all(1) | values.isnan()
-        gradients = gradients.masked_fill(lost[:, None, None, None], 0)
+            begun.append(None if kept is None else self._finishable(kept))
+        self.begun.keep(begun)
+        values, gradients = (torch.cat([part[k] for part in parts]) for k in (0, 1))  # type: ignore[misc]
+        usable = gradients.flatten(1).isfinite().all(1) & values.isfinite()
+        self._checked(values.masked_fill(~usable, torch.nan), latents, sigma, None, "value with a finite gradient",
+                      "they are not guided in this step, and weights drop those without a value")  # fmt: skip
+        values = values.masked_fill(~values.isfinite(), torch.nan)
+        gradients = gradients.masked_fill(~usable[:, None, None, None], 0)
         known = [prediction.detach() for _, _, prediction in parts if prediction is not None]
         return Look(_joined_predictions(known) if known else self.denoise(latents, sigma), values, gradients)
 
-    def propose(self, transition: Transition, count: int, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """``count`` draws of each row's transition ``[R * count, C, h, w]``, those of one row in a row, and their
-        values ``[R * count]`` at ``sigma``."""
+    def propose(
+        self, transition: Transition, count: int, sigma: Tensor, rivals: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best of ``count`` draws of each row's transition by their values at ``sigma``.
+
+        Where ``rivals`` rows of one prompt compete, as many go on, best first, of all their draws together. Returns
+        their latents ``[R, C, h, w]``, values ``[R]``, and the row ``[R]`` whose transition each was drawn from. The
+        next denoising step finishes the passes of those that go on; others' are not held. Raises as :meth:`estimate`.
+        """
         drawn = self.draw(transition.repeat(count))
-        return drawn, self.estimate(drawn, sigma)
+        values = torch.full((len(drawn),), torch.nan, device=drawn.device)
+        for part, found, begun in self._read(drawn, sigma):
+            values[part] = found.masked_fill(~found.isfinite(), torch.nan)
+            self.begun.keep([begun])
+            self.begun.set_aside(torch.arange(part.start, part.stop))
+            self.begun.narrow(_best(values, rivals, count))
+        values = self._checked(values, drawn, sigma, None)
+        best = _best(values, rivals, count)
+        self.begun.bring_back(best)
+        return drawn[best], values[best], best // count
 
     def require_value(self, method: str) -> None:
         """Raise :class:`ConfigError` where there is no estimator to steer ``method`` by."""
@@ -192,7 +198,19 @@ class AlignProblem:
         own = [begun for begun in kept.begun if begun.part.shares_blocks(self.backbone, begun.cut)]
         return max(own, key=lambda begun: begun.cut, default=None)
 
-    def _checked(self, values: Tensor, latents: Tensor, sigma: Tensor, owners: Tensor | None) -> Tensor:
+    def _gradients(self, values: Tensor, latents: Tensor) -> Tensor:
+        if not values.requires_grad:
+            raise ConfigError(
+                f"{type(self.estimator).__name__} gives values without a gradient in the latents, which this method "
+                "follows; take one that is differentiable there, or a method that needs values alone (fk-steering)."
+            )
+        return gradient_in(latents, values, self.backbone.dtype)
+
+    def _checked(
+        self, values: Tensor, latents: Tensor, sigma: Tensor, owners: Tensor | None,
+        what: str = "value", then: str = "these particles are dropped",
+    ) -> Tensor:  # fmt: skip
+        """The values, NaN where not finite; ``what`` is missing there, and ``then`` is what comes of it."""
         finite = values.isfinite()
         if bool(finite.all()):
             return values
@@ -203,10 +221,10 @@ class AlignProblem:
         alive = torch.zeros(self.prompts, dtype=torch.bool).index_put((owners[finite.cpu()],), torch.tensor(True))
         name, level = type(self.estimator).__name__, float(as_sigma(sigma, values)[0])
         if not bool(alive[owners].all()):
-            raise NonFiniteError(f"{name} gave no value that is finite for some prompt at sigma {level:g}.")
+            raise NonFiniteError(f"{name} gave no finite {what} for some prompt at sigma {level:g}.")
         lost = int((~finite).sum())
-        warnings.warn(f"{name} gave no finite value for {lost} of {len(values)} latents at sigma {level:g}; "
-                      "these particles are dropped.", RuntimeWarning, stacklevel=3)  # fmt: skip
+        warnings.warn(f"{name} gave no finite {what} for {lost} of {len(values)} latents at sigma {level:g}; {then}.",
+                      RuntimeWarning, stacklevel=3)  # fmt: skip
         return values.masked_fill(~finite, torch.nan)
 
     def draw(self, transition: Transition, active: Tensor | None = None) -> Tensor:
@@ -268,11 +286,12 @@ class AlignProblem:
         return Particles(latents.cpu(), equal, rewards, ancestry, images)
 
 
-def _gradients(values: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[R, C, h, w]``; 0 for values that do not depend on the latents at all."""
-    if not values.requires_grad:
-        return torch.zeros_like(latents)
-    return gradient_in(latents, values, dtype)
+def _best(values: Tensor, rivals: int, count: int) -> Tensor:
+    """``[R]``, on the CPU: the places of the ``rivals`` best of every ``rivals * count`` values in a row, best first;
+    of equal ones the first, and those that are NaN or not known yet last."""
+    table = values.cpu().nan_to_num(nan=-torch.inf).view(-1, rivals * count)
+    best = table.sort(dim=1, descending=True, stable=True).indices[:, :rivals]
+    return (best + rivals * count * torch.arange(len(best))[:, None]).flatten()
 
 
 def _through_denoiser(estimator: Estimator) -> bool:

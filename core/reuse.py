@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .conditions import Condition
+from .conditions import Condition, concatenate
 from .slicing import State
 
 if TYPE_CHECKING:
@@ -68,10 +68,62 @@ def joined(parts: Sequence[BegunPass]) -> BegunPass:
     x = attrs.evolve(
         first.x, latents=torch.cat([p.x.latents for p in parts]), sigma=torch.cat([p.x.sigma for p in parts])
     )
-    names = first.condition.tensors
-    condition = Condition({name: torch.cat([part.condition[name] for part in parts]) for name in names})
+    condition = concatenate([part.condition for part in parts])
     state = first.part.map_state(lambda *tensors: torch.cat(tensors), *(part.state for part in parts))
     return attrs.evolve(first, x=x, condition=condition, state=state)
+
+
+@attrs.define(eq=False)
+class BegunPasses:
+    """The passes that the estimator's head began last, for the denoising step that comes next.
+
+    Where it reads more latents than go on (proposals), those of the ones still in the running are set aside as it goes,
+    so that never more are held.
+    """
+
+    enabled: bool = True
+    last: BegunPass | None = None
+    _rows: Tensor = attrs.field(factory=lambda: torch.arange(0), init=False)
+    _aside: BegunPass | None = attrs.field(default=None, init=False)
+
+    def keep(self, parts: Sequence[BegunPass | None]) -> None:
+        """One begun pass a chunk; a chunk without one leaves nothing to be finished."""
+        known = [part for part in parts if part is not None]
+        self.last = joined(known) if known and len(known) == len(parts) and self.enabled else None
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, as latents are chosen among proposals."""
+        if self.last is not None:
+            self.last = self.last.index(rows)
+
+    def set_aside(self, rows: Tensor, places: Tensor | slice = slice(None)) -> None:
+        """Keep the last passes' samples at ``places`` for ``rows [n]`` of a larger batch, in place of what was set
+        aside for these before."""
+        last, self.last = self.last, None
+        self.narrow(self._rows[~torch.isin(self._rows, rows)])
+        if last is not None and len(rows):
+            new = last.index(places)
+            self._aside = new if self._aside is None else joined([self._aside, new])
+            self._rows = torch.cat([self._rows, rows])
+
+    def narrow(self, rows: Tensor) -> None:
+        """Let go of what was set aside for any other row."""
+        staying = torch.isin(self._rows, rows)
+        if self._aside is not None and not bool(staying.all()):
+            self._rows, self._aside = self._rows[staying], self._aside.index(staying)
+
+    def bring_back(self, rows: Tensor) -> None:
+        """Go on with what was set aside for ``rows``, in their order; with nothing unless each has something."""
+        aside, known = self._aside, self._rows
+        self._rows, self._aside, self.last = torch.arange(0), None, None
+        if aside is not None and bool(torch.isin(rows, known).all()):
+            by_row = known.argsort()
+            self.last = aside.index(by_row[torch.searchsorted(known[by_row], rows)])
+
+    def take(self, rows: int) -> BegunPass | None:
+        """What was kept, if it is of so many rows; it serves once."""
+        last, self.last = self.last, None
+        return last if last is not None and len(last) == rows else None
 
 
 @attrs.define(eq=False)

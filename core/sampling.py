@@ -46,8 +46,9 @@ class Denoiser:
             getattr(without, name) + self.guidance_scale * (getattr(prompted, name) - getattr(without, name))
             for name in ("z0", "eps")
         )
+        contrast = self.guidance_scale * (prompted.eps - without.eps)
         # The level is the one that the backbone read, which may be its largest one for a higher one asked.
-        return attrs.evolve(prompted, latents=latents, z0=z0, eps=eps, contrast=prompted.eps - without.eps)
+        return attrs.evolve(prompted, latents=latents, z0=z0, eps=eps, contrast=contrast)
 
     def index(self, rows: Tensor | slice) -> Denoiser:
         """The denoiser of the chosen samples."""

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from .errors import NonFiniteError
 from .particles import Particles, Resampling
 from .problem import AlignProblem
 from .resampling import draw_ancestors
@@ -38,10 +39,18 @@ class Swarm:
         return values.double().cpu().view_as(self.log_weights)
 
     def reweigh(self, log_potential: Tensor) -> None:
-        """Multiply the weights by potentials ``[P, N]``; NaN is a potential of 0."""
+        """Multiply the weights by potentials ``[P, N]``; NaN is a potential of 0.
+
+        Raises :class:`NonFiniteError` where that leaves a prompt no particle of a weight above 0.
+        """
         change = log_potential.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         dead = self.log_weights.isneginf()
         self.log_weights = (self.log_weights + change).masked_fill(dead, -torch.inf)
+        if not bool(self.log_weights.isfinite().any(1).all()):
+            raise NonFiniteError(
+                "no particle of some prompt is left: each has had a value or a reward that was not finite. Check the "
+                "estimator, or resample more often (ess_threshold), so that others take the place of those dropped."
+            )
 
     def resample(self, step: int, sigma: float, values: Tensor, resampler: str, ess_threshold: float) -> Tensor:
         """Resample the prompts whose effective sample size is at most ``ess_threshold`` of the particles; the

@@ -14,8 +14,8 @@ StepUnit = Literal["fraction", "step", "sigma"]
 
 
 def steps_within(sigmas: Tensor, window: Window, unit: StepUnit = "fraction", *, include_end: bool = True) -> list[int]:
-    """The steps of ``sigmas [steps + 1]`` (falling to 0) inside ``window``, both ends included unless not
-    ``include_end``.
+    """The steps of ``sigmas [steps + 1]`` (falling to 0) inside ``window``, both ends included; without
+    ``include_end``, the end that is reached last is left out, which is the lower one of two levels.
 
     ``fraction`` of the steps (0.2 to 0.8 of 40: steps 8 to 32), ``step`` numbers from 0, or ``sigma`` levels that the
     step begins at. Raises :class:`ConfigError` for ends out of order, out of range, or beyond the last step.
@@ -29,7 +29,8 @@ def steps_within(sigmas: Tensor, window: Window, unit: StepUnit = "fraction", *,
     low, high = (round(end * scale, 6) for end in window)
     places = sigmas[:-1].tolist() if unit == "sigma" else range(steps)
     inside = [step for step, place in enumerate(places) if low <= round(place, 6) <= high]
-    return [step for step in inside if include_end or round(places[step], 6) != high]
+    last = low if unit == "sigma" else high
+    return [step for step in inside if include_end or round(places[step], 6) != last]
 
 
 def steps_at(sigmas: Tensor, places: Sequence[float], unit: StepUnit = "fraction") -> list[int]:

@@ -16,6 +16,7 @@ from stitchvm.core import (
     CostMeter,
     FlowPath,
     Ode,
+    OnPath,
     Sde,
     Tweedie,
     VariancePreservingPath,
@@ -117,18 +118,21 @@ def look_at(backbone, guidance_scale=1.0, sigma=0.6):
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_normalisers_scale_the_gradient_as_published(path):
-    look = look_at(GaussianBackbone(path=path), guidance_scale=4.0)
-    g = look.gradients
+    backbone = GaussianBackbone(path=path)
+    look = look_at(backbone, guidance_scale=4.0)
+    g, latents = look.gradients, look.prediction.latents
+    conditions = backbone.encode_prompts(["0.5", "-1"]), backbone.null_condition().expand(2)
+    prompted, without = (backbone.denoise(latents, as_sigma(0.6, latents), c).eps for c in conditions)
+    contrast = prompted - without
     change = {name: method("dps", strength=2.0, normaliser=name).score_change(look) for name in
               ("raw", "norm", "unit-rms", "epsilon", "rms-ratio")}  # fmt: skip
     torch.testing.assert_close(change["raw"], 2 * g)
     for sample in range(2):
         torch.testing.assert_close(change["norm"][sample].norm(), torch.tensor(2.0))
         torch.testing.assert_close(change["unit-rms"][sample].square().mean().sqrt(), torch.tensor(2.0))
-        # FreeDoM: the noise estimate moves by 0.2 of classifier-free guidance's own difference, times the strength.
-        contrast = look.prediction.contrast[sample].square().mean().sqrt()
+        # FreeDoM: rms(eps_cond - eps_uncond) cfg / rms(g) 0.2, times the strength.
         moved = (0.6 * change["rms-ratio"][sample]).square().mean().sqrt()
-        torch.testing.assert_close(moved, 2 * 0.2 * contrast)
+        torch.testing.assert_close(moved, 2 * 0.2 * 4.0 * contrast[sample].square().mean().sqrt())
     # UGD: eps - c sqrt(1 - alpha_bar) g, alpha_bar by the signal-to-noise ratio.
     ratio = float(path.alpha(torch.tensor(0.6))) / 0.6
     noise = (1 / (1 + ratio**2)) ** 0.5
@@ -205,16 +209,22 @@ class Halved:
         return 0.5 * self.exact(latents, sigma, context, prediction) + 0.3 * latents[:, 0].mean((1, 2))
 
 
-@pytest.mark.parametrize("resampler", ["ssp", "multinomial"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"resampler": "ssp"}, {"resampler": "multinomial"}, {"resampler": "residual", "ess_threshold": 1.0},
+     {"tempering": 0.2}, {"interpolant": "variance-preserving"}],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)  # fmt: skip
 @pytest.mark.parametrize("exact", [True, False])
-def test_twisted_particles_follow_the_tilted_distribution(exact, resampler):
+def test_twisted_particles_follow_the_tilted_distribution(exact, settings):
     """Whatever the value: mean and second moment of ``p(z0) exp(strength r)`` in 40 runs, within four standard
     errors."""
     backbone, reward, strength = GaussianBackbone(side=1), QuadraticReward(centre=1.0, scale=0.5, side=1), 1.0
     value = ExactValue(backbone, reward) if exact else Halved(backbone, reward)
-    das = method("das", strength=strength, resampler=resampler)
+    das = method("das", strength=strength, **settings)
     found = das.run(problem(backbone, reward, value, prompts=40, particles=256, steps=8))
-    plain = backbone.marginal(das.transition_kernel(), backbone.sigmas(8, (1, 1)))
+    kernel = OnPath(Sde(), VariancePreservingPath()) if "interpolant" in settings else Sde()
+    plain = backbone.marginal(kernel, backbone.sigmas(8, (1, 1)))
     mean, variance = reward.tilted(*plain, strength)
     estimated, second = weighted_moments(found)
     error = estimated.std(0) / 40**0.5
@@ -222,6 +232,15 @@ def test_twisted_particles_follow_the_tilted_distribution(exact, resampler):
     assert ((mean - plain[0]).abs() > 6 * error).all()
     assert ((estimated.mean(0) - mean).abs() < 4 * error).all()
     assert ((second.mean(0) - mean**2 - variance).abs() < 4 * second.std(0) / 40**0.5).all()
+
+
+def test_a_twist_held_back_shifts_nothing():
+    backbone, reward = GaussianBackbone(), LinearReward()
+    latents = []
+    for settings in ({"strength": 8.0, "tempering": 1e-9}, {"strength": 0.0}):
+        task = problem(backbone, reward, ExactValue(backbone, reward))
+        latents.append(method("das", ess_threshold=0.0, **settings).run(task).latents)
+    torch.testing.assert_close(*latents, atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_proposals_keep_more_particles_alive():
@@ -334,6 +353,12 @@ def test_methods_that_draw_refuse_the_ode(name):
 def test_settings_out_of_range_are_refused(name, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         method(name, **settings)
+
+
+@pytest.mark.parametrize("name", ["dps", "das", "fk-steering", "svdd", "rbf", "dsearch"])
+def test_steps_are_taken_on_the_path_that_is_asked_for(name):
+    chosen = method(name, kernel="sde", scale=0.5, interpolant="variance-preserving")
+    assert chosen.transition_kernel() == OnPath(Sde(scale=0.5), VariancePreservingPath())
 
 
 def test_tempering_rises_as_published():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import attrs
@@ -14,15 +15,14 @@ from stitchvm.core import (
     Aligner,
     ConfigError,
     CostMeter,
-    NonFiniteError,
     Ode,
+    OnPath,
+    Sde,
     Tweedie,
+    VariancePreservingPath,
     effective_sample_size,
     load_aligner,
-    steps_at,
-    steps_within,
 )
-from stitchvm.core.estimators import clean_reward
 from stitchvm.core.particles import initial_noise
 
 POTENTIALS = ("diff", "max", "add", "rt")
@@ -116,14 +116,22 @@ def chain_slopes(backbone, kernel, sigmas):
     return found[::-1]
 
 
-@pytest.mark.parametrize("potential", POTENTIALS)
-@pytest.mark.parametrize(("resampler", "threshold"), [("multinomial", 1.0), ("systematic", 0.5)])
-def test_weighted_particles_follow_the_tilted_distribution(potential, resampler, threshold):
+TARGETED = [
+    *({"potential": potential, "resampler": resampler, "ess_threshold": threshold}
+      for potential in POTENTIALS for resampler, threshold in (("multinomial", 1.0), ("systematic", 0.5))),
+    *({"resampler": resampler} for resampler in ("stratified", "residual", "ssp")),
+    {"tempering": 0.2}, {"interpolant": "variance-preserving"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", TARGETED, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_weighted_particles_follow_the_tilted_distribution(settings):
     """Mean and variance of ``p(z0) exp(strength r)``, ``p`` the kernel's own marginal in exactly these steps."""
     backbone, reward, strength = GaussianBackbone(side=1), QuadraticReward(centre=1.0, scale=0.5, side=1), 1.0
-    method = fk(strength=strength, potential=potential, resampler=resampler, ess_threshold=threshold, interval=2)
+    method = fk(strength=strength, interval=2, **settings)
     found = method.run(problem(backbone, reward, Tweedie(reward), prompts=PROMPTS, particles=256, steps=8))
-    plain = backbone.marginal(method.transition_kernel(), backbone.sigmas(8, (1, 1)))
+    kernel = OnPath(Sde(), VariancePreservingPath()) if "interpolant" in settings else Sde()
+    plain = backbone.marginal(kernel, backbone.sigmas(8, (1, 1)))
     mean, variance = reward.tilted(*plain, strength)
     estimated, second = weighted_moments(found)
     error = estimated.std(0) / PROMPTS**0.5
@@ -167,6 +175,15 @@ def test_effective_sample_size_accumulates_while_weights_are_carried():
     found = method.run(problem(backbone, reward, Tweedie(reward), prompts=2, particles=6))
     for look in found.history:
         assert torch.allclose(look.ess, effective_sample_size(2.0 * look.values).float(), rtol=1e-3)
+
+
+def test_tempering_holds_early_values_back_by_its_share():
+    """``min((1 + tempering)^step - 1, 1)`` of the strength (DAS), by hand."""
+    backbone, reward = GaussianBackbone(), LinearReward()
+    method = fk(strength=2.0, ess_threshold=0.0, resample_at=(1, 3, 9), unit="step", tempering=0.1)
+    found = method.run(problem(backbone, reward, Tweedie(reward), prompts=2, particles=6))
+    for look, share in zip(found.history, (0.1, 1.1**3 - 1, 1.0), strict=True):
+        assert torch.allclose(look.ess, effective_sample_size(2.0 * share * look.values).float(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("potential", ["max", "add"])
@@ -292,7 +309,8 @@ def test_windows_are_the_papers():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"strength": -1.0}, {"interval": 0}, {"window": (0.8, 0.2)}, {"window": (0.0, 1.5)}, {"potential": "sum"},
+    [{"strength": -1.0}, {"strength": math.inf}, {"interval": 0}, {"window": (0.8, 0.2)}, {"window": (0.0, 1.5)},
+     {"potential": "sum"},
      {"ess_threshold": 1.5}, {"eta": 0.5}, {"kernel": "ancestral", "scale": 2.0}, {"kernel": "ancestral", "eta": 2.0},
      {"kernel": "ode", "proposals": 2}, {"diffusion": "cubic"}, {"resampler": "comb"}],
 )  # fmt: skip
@@ -304,90 +322,3 @@ def test_settings_out_of_range_are_refused(settings):
 def test_steering_needs_an_estimator():
     with pytest.raises(ConfigError, match="needs a value"):
         fk().run(problem(GaussianBackbone(), LinearReward(), None))
-
-
-@attrs.frozen(eq=False)
-class Lapsing:
-    """An estimator that gives no number for the rows that ``lost`` names of a batch, and 0 for the others."""
-
-    lost: tuple[int, ...]
-
-    def __call__(self, latents, sigma, context, prediction=None):
-        values = torch.zeros(len(latents))
-        values[list(self.lost)] = float("nan")
-        return values
-
-
-@pytest.mark.parametrize("potential", POTENTIALS)
-def test_a_particle_without_a_value_is_dropped_and_reported(potential):
-    """Particle 1 of prompt 0 and particle 3 of prompt 1, at every look: nobody descends from them."""
-    task = problem(GaussianBackbone(), LinearReward(), Lapsing((1, 7)), prompts=2)
-    method = fk(potential=potential, interval=100, window=(0.25, 0.5))
-    with pytest.warns(RuntimeWarning, match="Lapsing gave no finite value for 2 of 8 latents"):
-        found = method.run(task)
-    assert 1 not in found.ancestry[0].tolist()
-    assert 3 not in found.ancestry[1].tolist()
-    assert found.dropped.tolist() == [1, 1]
-    assert found.rewards.isfinite().all()
-    assert torch.allclose(found.weights.sum(1), torch.ones(2))
-
-
-def test_a_dropped_particle_that_is_not_replaced_keeps_weight_zero():
-    task = problem(GaussianBackbone(), LinearReward(), Lapsing((1,)))
-    with pytest.warns(RuntimeWarning, match="dropped"):
-        found = fk(ess_threshold=0.0).run(task)
-    assert found.weights[0, 1] == 0
-    assert found.weights[0].sum() == pytest.approx(1)
-
-
-def test_a_prompt_without_any_value_is_an_error():
-    with pytest.raises(NonFiniteError, match="Lapsing gave no value that is finite for some prompt at sigma"):
-        fk().run(problem(GaussianBackbone(), LinearReward(), Lapsing((4, 5, 6, 7)), prompts=2))
-
-
-def test_an_image_without_a_reward_is_dropped():
-    """The judge gives no number for the first image."""
-
-    def judge(latents, context):
-        rewards, images = clean_reward(latents, context, LinearReward())
-        return rewards.masked_fill(torch.arange(len(rewards)) == 0, float("nan")), images
-
-    task = attrs.evolve(problem(GaussianBackbone(), LinearReward(), None, particles=3), judge=judge)
-    with pytest.warns(RuntimeWarning, match="1 finished images have no finite reward"):
-        found = load_aligner("best-of-n")().run(task)
-    assert found.dropped.tolist() == [1]
-    assert found.best.tolist() == [1 + int(found.rewards[0, 1:].argmax())]
-    assert found.weights[0].tolist() == pytest.approx([0, 0.5, 0.5])
-
-
-# -- which steps
-
-
-def test_places_of_steps_in_all_units():
-    sigmas = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
-    assert steps_within(sigmas, (0.2, 0.6)) == [1, 2, 3]
-    assert steps_within(sigmas, (0.2, 0.6), include_end=False) == [1, 2]
-    assert steps_within(sigmas, (1, 3), "step") == [1, 2, 3]
-    assert steps_within(sigmas, (0.0, 1.0), include_end=False) == [0, 1, 2, 3, 4]
-    assert steps_within(sigmas, (0.4, 0.8), "sigma") == [1, 2, 3]
-    assert steps_at(sigmas, (0.85, 0.41), "sigma") == [1, 3]
-    assert steps_at(sigmas, (4, 0), "step") == [0, 4]
-    assert steps_at(sigmas, (0.4, 1.0)) == [2, 4]
-
-
-@pytest.mark.parametrize(
-    "choose",
-    [lambda s: steps_within(s, (2, 7), "step"), lambda s: steps_within(s, (0.5, 1.5), "sigma"),
-     lambda s: steps_at(s, (5,), "step"), lambda s: steps_at(s, (-0.1,))],
-)  # fmt: skip
-def test_steps_that_are_not_there_are_refused(choose):
-    with pytest.raises(ConfigError, match="there is no step at"):
-        choose(torch.linspace(1, 0, 6))
-
-
-def test_resampling_happens_where_it_is_told():
-    task = problem(GaussianBackbone(), LinearReward(), ExactValue(GaussianBackbone(), LinearReward()))
-    looks = fk(resample_at=(0.9, 0.42), unit="sigma").run(task).history
-    assert [look.step for look in looks] == [1, 7]
-    with pytest.raises(ConfigError, match="there is no step at step 30 of 12 steps"):
-        fk(window=(0, 30), unit="step").run(task)

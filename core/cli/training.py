@@ -13,6 +13,7 @@ from .output import print_json, print_table
 
 _BESIDE = {"gain": "after as many updates", "gain_in_its_time": "after no less time"}
 
+
 def train_and_print(
     method: str, backbone: str, value: Any, source: str, count: int | None, out: Path, as_json: bool,
     training: Sequence[str], watched: int, **settings: Any,

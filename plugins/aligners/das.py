@@ -6,6 +6,7 @@ the weighted particles follow ``p(z0) exp(strength r(z0))``, ``p`` being what th
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -34,7 +35,7 @@ class Das(KernelSettings):
 
     default_particles: ClassVar[int] = 4
 
-    strength: float = attrs.field(default=10.0, validator=attrs.validators.ge(0))
+    strength: float = attrs.field(default=10.0, validator=[attrs.validators.ge(0), attrs.validators.lt(math.inf)])
     tempering: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
     resampler: Literal["multinomial", "stratified", "systematic", "residual", "ssp"] = attrs.field(
         default="ssp", validator=attrs.validators.in_(tuple(RESAMPLERS))

@@ -23,11 +23,10 @@ from stitchvm.core import (
     StepUnit,
     Window,
     spread,
-    steps_within,
     with_config_errors,
 )
 
-from .kernel_settings import KernelSettings, rising_window
+from .kernel_settings import KernelSettings, in_fractions, rising_window
 
 NORMALISERS = ("raw", "norm", "rms-ratio", "epsilon", "unit-rms")
 SCHEDULES = ("constant", "sigma", "alpha", "cosine")
@@ -40,13 +39,13 @@ class Dps(KernelSettings):
 
     ``strength``: c in ``score + c g``, ``g`` the value's gradient as ``normaliser`` scales it, a sample at a time:
     ``raw`` as it is; ``norm`` to Euclidean norm 1; ``unit-rms`` to root mean square 1; ``rms-ratio`` (FreeDoM) so that
-    the noise estimate changes by 0.2 of what classifier-free guidance changes it (which it needs); ``epsilon`` (UGD)
-    ``eps - c sqrt(1 - alpha_bar) g``, with alpha_bar of the same signal-to-noise ratio on the variance preserving path:
-    ``raw`` there, weaker on the flow path.
+    the noise estimate (published: the next latent) changes by 0.2 of what classifier-free guidance of its scale changes
+    it, which it needs; ``epsilon`` (UGD) ``eps - c sqrt(1 - alpha_bar) g``, with alpha_bar of the same signal-to-noise
+    ratio on the variance preserving path: ``raw`` there, weaker on the flow path.
     ``schedule`` of the strength over the noise level: ``constant``, ``sigma`` (falling to 0), ``alpha`` (rising from
     0), ``cosine`` (highest half way).
     ``window`` in ``unit`` (``fraction`` of the steps, ``step`` numbers, ``sigma`` levels): guide in these steps alone,
-    its end left out; outside no value is read.
+    the last left out; outside no value is read. Its default, all of them, is in fractions alone.
     ``clip``: the most by which the noise estimate, itself of root mean square 1, may change in root mean square at a
     step, a sample at a time; larger changes are scaled down to it (None: no bound). A raw gradient has a heavy tail: at
     strengths that most samples can take, a few are driven off.
@@ -57,15 +56,15 @@ class Dps(KernelSettings):
 
     default_particles: ClassVar[int] = 1
 
-    strength: float = attrs.field(default=1.0, validator=attrs.validators.ge(0))
+    strength: float = attrs.field(default=1.0, validator=[attrs.validators.ge(0), attrs.validators.lt(math.inf)])
     normaliser: Literal["raw", "norm", "rms-ratio", "epsilon", "unit-rms"] = attrs.field(
         default="raw", validator=attrs.validators.in_(NORMALISERS)
     )
     schedule: Literal["constant", "sigma", "alpha", "cosine"] = attrs.field(
         default="constant", validator=attrs.validators.in_(SCHEDULES)
     )
-    window: Window = attrs.field(default=(0.0, 1.0), validator=rising_window)
     unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
+    window: Window | None = attrs.field(default=in_fractions(0.0, 1.0), validator=rising_window)
     clip: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
     repeats: int = attrs.field(default=1, validator=attrs.validators.ge(1))
 
@@ -74,7 +73,7 @@ class Dps(KernelSettings):
         """Guide; raises :class:`ConfigError` without an estimator."""
         problem.require_value("dps")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
-        guided = steps_within(sigmas, self.window, self.unit, include_end=False)
+        guided = self.steps_inside("window", sigmas, include_end=False)
         latents = problem.noise.flatten(0, 1)
         for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             following = sigma_next.expand(len(latents)).to(latents)

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import attrs
 import torch
-from torch import Tensor
 
-from stitchvm.core import AlignProblem, Particles, StepUnit, Window, steps_within, with_config_errors
+from stitchvm.core import AlignProblem, Particles, StepUnit, Window, with_config_errors
 
-from .kernel_settings import KernelSettings, rising_window
+from .kernel_settings import KernelSettings, in_fractions, rising_window
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
@@ -30,8 +29,8 @@ class DSearch(KernelSettings):
 
     branches: int = attrs.field(default=4, validator=attrs.validators.ge(2))
     interval: int = attrs.field(default=4, validator=attrs.validators.ge(1))
-    window: Window = attrs.field(default=(0.0, 0.8), validator=rising_window)
     unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
+    window: Window | None = attrs.field(default=in_fractions(0.0, 0.8), validator=rising_window)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -42,24 +41,15 @@ class DSearch(KernelSettings):
         """Search; raises :class:`ConfigError` without an estimator."""
         problem.require_value("dsearch")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
-        branching = steps_within(sigmas, self.window, self.unit)[:: self.interval]
+        branching = self.steps_inside("window", sigmas)[:: self.interval]
         shape = problem.noise.shape[:2]
         latents, ancestry = problem.noise.flatten(0, 1), torch.arange(shape[1]).expand(shape).clone()
         for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             transition = kernel(problem.denoise(latents, sigma), sigma_next.expand(len(latents)).to(latents))
             if step in branching and step < problem.steps - 1:
-                drawn, values = problem.propose(transition, self.branches, sigma_next)
-                kept = _best(values, shape)
-                rows = (kept + shape[1] * self.branches * torch.arange(shape[0])[:, None]).flatten()
-                problem.begun.select(rows)
-                latents, ancestry = drawn[rows], ancestry.gather(1, kept // self.branches)
+                latents, _, parents = problem.propose(transition, self.branches, sigma_next, rivals=shape[1])
+                ancestry = ancestry.flatten()[parents].view(shape)
             else:
                 latents = problem.draw(transition)
             problem.progress(1 / problem.steps)
         return attrs.evolve(problem.unweighted(latents.view_as(problem.noise)), ancestry=ancestry)
-
-
-def _best(values: Tensor, shape: torch.Size) -> Tensor:
-    """``[P, N]``: the places of each prompt's N best among its draws, best first."""
-    table = values.cpu().nan_to_num(nan=-torch.inf).view(shape[0], -1)
-    return table.topk(shape[1], dim=1).indices

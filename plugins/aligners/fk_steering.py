@@ -7,6 +7,7 @@ particles follow ``p(z0) exp(strength r(z0))``, ``p`` being what the kernel alon
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -20,14 +21,12 @@ from stitchvm.core import (
     Particles,
     StepUnit,
     Swarm,
-    Transition,
     Window,
     steps_at,
-    steps_within,
     with_config_errors,
 )
 
-from .kernel_settings import KernelSettings, rising_window
+from .kernel_settings import KernelSettings, in_fractions, rising_window
 from .tempering import tempered
 
 POTENTIALS = ("diff", "max", "add", "rt")
@@ -44,9 +43,10 @@ class FKSteering(KernelSettings):
     size is at most ``ess_threshold`` of the particles: 1 always, 0 never. Weights that lead to no resampling are
     carried on.
     ``interval``, ``window``: resample every ``interval`` steps, the first and last at these places, in ``unit``
-    (``fraction`` of the steps, ``step`` numbers, ``sigma`` levels); or exactly at ``resample_at``.
-    ``proposals``: draws from the kernel a particle in the steps of ``proposal_window`` (its end left out), of which the
-    best by the estimator is kept. It is greedy: for more than 1 the particles follow a sharper distribution than their
+    (``fraction`` of the steps, ``step`` numbers, ``sigma`` levels); or exactly at ``resample_at``. The defaults of both
+    windows are in fractions alone: with another ``unit``, those that are used have to be given.
+    ``proposals``: draws from the kernel a particle in the steps of ``proposal_window`` (its last left out); the best by
+    the estimator is kept. It is greedy: for more than 1 the particles follow a sharper distribution than their
     weights say.
     ``tempering``: values count ``min((1 + tempering)^step - 1, 1)`` of their strength (DAS), all of it when None.
 
@@ -56,7 +56,7 @@ class FKSteering(KernelSettings):
 
     default_particles: ClassVar[int] = 4
 
-    strength: float = attrs.field(default=10.0, validator=attrs.validators.ge(0))
+    strength: float = attrs.field(default=10.0, validator=[attrs.validators.ge(0), attrs.validators.lt(math.inf)])
     potential: Literal["diff", "max", "add", "rt"] = attrs.field(
         default="diff", validator=attrs.validators.in_(POTENTIALS)
     )
@@ -65,11 +65,11 @@ class FKSteering(KernelSettings):
     )
     ess_threshold: float = attrs.field(default=1.0, validator=[attrs.validators.ge(0), attrs.validators.le(1)])
     interval: int = attrs.field(default=4, validator=attrs.validators.ge(1))
-    window: Window = attrs.field(default=(0.2, 0.8), validator=rising_window)
     unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
+    window: Window | None = attrs.field(default=in_fractions(0.2, 0.8), validator=rising_window)
     resample_at: tuple[float, ...] | None = None
     proposals: int = attrs.field(default=1, validator=attrs.validators.ge(1))
-    proposal_window: Window = attrs.field(default=(0.0, 0.4), validator=rising_window)
+    proposal_window: Window | None = attrs.field(default=in_fractions(0.0, 0.4), validator=rising_window)
     tempering: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
 
     def __attrs_post_init__(self) -> None:
@@ -81,13 +81,13 @@ class FKSteering(KernelSettings):
         """Before which steps to resample: 8, 12 .. 32 of 40 and 6, 10 .. 22 of 28 (paper, section 5)."""
         if self.resample_at is not None:
             return steps_at(sigmas, self.resample_at, self.unit)
-        return steps_within(sigmas, self.window, self.unit)[:: self.interval]
+        return self.steps_inside("window", sigmas)[:: self.interval]
 
     def proposal_steps(self, sigmas: Tensor) -> list[int]:
         """In which steps to draw proposals; none when ``proposals`` is 1."""
         if self.proposals == 1:
             return []
-        return steps_within(sigmas, self.proposal_window, self.unit, include_end=False)
+        return self.steps_inside("proposal_window", sigmas, include_end=False)
 
     @torch.no_grad()
     def run(self, problem: AlignProblem) -> Particles:
@@ -108,23 +108,11 @@ class FKSteering(KernelSettings):
                 prediction = prediction.index(potential.resample(swarm, known, step, float(sigma)))
             transition = kernel(prediction, sigma_next.expand(len(swarm.latents)).to(swarm.latents))
             if step in proposing:
-                swarm.latents, known = best_of_proposals(problem, transition, self.proposals, sigma_next)
+                swarm.latents, known, _ = problem.propose(transition, self.proposals, sigma_next)
             else:
                 swarm.latents, known = problem.draw(transition), None
             problem.progress(1 / problem.steps)
         return swarm.finish(self.strength, potential.log_product)
-
-
-def best_of_proposals(
-    problem: AlignProblem, transition: Transition, count: int, sigma: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The draw of highest value of ``count`` a row, ``[R, C, h, w]`` and ``[R]``; the value model's pass goes on with
-    it."""
-    drawn, values = problem.propose(transition, count, sigma)
-    best = values.nan_to_num(nan=-torch.inf).unflatten(0, (-1, count)).argmax(1)
-    rows = (best + count * torch.arange(len(best), device=best.device)).cpu()
-    problem.begun.select(rows)
-    return drawn[rows], values[rows]
 
 
 @attrs.define(eq=False)

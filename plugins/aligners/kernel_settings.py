@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 import attrs
+from torch import Tensor
 
 from stitchvm.core import (
     KERNELS,
@@ -15,18 +16,27 @@ from stitchvm.core import (
     OnPath,
     VariancePreservingPath,
     Window,
+    steps_within,
     with_config_errors,
 )
 
 INTERPOLANTS = {"flow": FlowPath(), "variance-preserving": VariancePreservingPath()}
 
 
-def rising_window(instance: Any, attribute: attrs.Attribute[Window], window: Window) -> None:
+def rising_window(instance: Any, attribute: attrs.Attribute[Window | None], window: Window | None) -> None:
     """What can be said of a window before the steps are known; ``steps_within`` says the rest."""
+    if window is None:
+        return
     top = math.inf if instance.unit == "step" else 1
     if len(window) != 2 or not 0 <= window[0] <= window[1] <= top:
         example = "(8, 32)" if instance.unit == "step" else "(0.2, 0.8)"
         raise ConfigError(f"{attribute.name} is {window}; give two rising {instance.unit}s, such as {example}.")
+
+
+def in_fractions(first: float, last: float) -> Any:
+    """The default of a window that follows the field ``unit``: these fractions of the steps, None in any other unit,
+    where :meth:`KernelSettings.steps_inside` asks for it."""
+    return attrs.Factory(lambda known: (first, last) if known.unit == "fraction" else None, takes_self=True)
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
@@ -50,6 +60,27 @@ class KernelSettings:
 
     def __attrs_post_init__(self) -> None:
         self.transition_kernel()
+
+    def steps_inside(self, name: str, sigmas: Tensor, *, include_end: bool = True) -> list[int]:
+        """The steps in the window called ``name``.
+
+        Raises :class:`ConfigError` for one left at its default where ``unit`` is not that of the default, for one that
+        is no part of the schedule, and for one that holds no step though its ends differ.
+        """
+        window, unit = getattr(self, name), self.unit  # type: ignore[attr-defined]
+        if window is None:
+            example = "(6, 22)" if unit == "step" else "(0.5, 0.95)"
+            raise ConfigError(
+                f"unit is {unit!r}, but {name}'s default is in fractions of the steps; give {name} in the same unit, "
+                f"such as {example}."
+            )
+        inside = steps_within(sigmas, window, unit, include_end=include_end)
+        if not inside and window[0] < window[1]:
+            raise ConfigError(
+                f"{name} {window[0]:g} to {window[1]:g} ({unit}) holds none of the {len(sigmas) - 1} steps; widen it, "
+                "or take more steps."
+            )
+        return inside
 
     def refuse_ode(self, reason: str) -> None:
         """For methods that choose among draws, or shift them."""

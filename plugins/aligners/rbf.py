@@ -73,5 +73,7 @@ def _first_above(
         # The first draw is taken in any case: there may be no value at all above minus infinity.
         better = (found > values[rows]) | (used[rows] == 1)
         taken[rows[better]], values[rows[better]] = drawn[rows[better]], found[better]
+        problem.begun.set_aside(rows[better], better.nonzero().flatten())
         open_rows[rows] = (found <= bar[rows]) & (used[rows] < budget[rows])
+    problem.begun.bring_back(torch.arange(len(bar)))
     return taken, values, used

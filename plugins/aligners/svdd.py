@@ -8,10 +8,9 @@ from typing import ClassVar
 import attrs
 import torch
 
-from stitchvm.core import AlignProblem, Particles, StepUnit, Window, steps_within, with_config_errors
+from stitchvm.core import AlignProblem, Particles, StepUnit, Window, with_config_errors
 
-from .fk_steering import best_of_proposals
-from .kernel_settings import KernelSettings, rising_window
+from .kernel_settings import KernelSettings, in_fractions, rising_window
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
@@ -20,7 +19,7 @@ class Svdd(KernelSettings):
 
     ``proposals``: draws a step (20 as published); the one of highest value is kept.
     ``window`` in ``unit`` (``fraction`` of the steps, ``step`` numbers, ``sigma`` levels): choose in these steps, draw
-    once in the others; its end is left out, and so is the last step, whose draws are finished images.
+    once in the others; its last is left out, and so is the last step, whose draws are finished images.
 
     Raises :class:`ConfigError` for a value out of range, and for the ``ode`` kernel, whose draws are all the same.
     """
@@ -28,8 +27,8 @@ class Svdd(KernelSettings):
     default_particles: ClassVar[int] = 1
 
     proposals: int = attrs.field(default=20, validator=attrs.validators.ge(1))
-    window: Window = attrs.field(default=(0.0, 1.0), validator=rising_window)
     unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
+    window: Window | None = attrs.field(default=in_fractions(0.0, 1.0), validator=rising_window)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -41,12 +40,12 @@ class Svdd(KernelSettings):
         """Steer; raises :class:`ConfigError` without an estimator."""
         problem.require_value("svdd")
         kernel, sigmas = self.transition_kernel(), problem.sigmas
-        choosing = steps_within(sigmas, self.window, self.unit, include_end=False)
+        choosing = self.steps_inside("window", sigmas, include_end=False)
         latents = problem.noise.flatten(0, 1)
         for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             transition = kernel(problem.denoise(latents, sigma), sigma_next.expand(len(latents)).to(latents))
             if step in choosing and step < problem.steps - 1:
-                latents, _ = best_of_proposals(problem, transition, self.proposals, sigma_next)
+                latents, _, _ = problem.propose(transition, self.proposals, sigma_next)
             else:
                 latents = problem.draw(transition)
             problem.progress(1 / problem.steps)
