@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stitchvm import core
 from stitchvm.core import AlignProblem, Backbone, Condition, Denoiser, Estimator, Head, Prompted, Reward, Tail
 from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.problem import BegunPasses
+from stitchvm.core.reuse import BegunPasses
 from stitchvm.core.value import Branch, Interface, StitchedValue
 
 BACKBONE, REWARD = "sd3.5-medium", "clip-vit-l-14-336"

@@ -29,8 +29,7 @@ from stitchvm.core import (
 )
 from stitchvm.core.layer import StitchingLayer
 from stitchvm.core.particles import initial_noise, step_generators
-from stitchvm.core.problem import BegunPasses
-from stitchvm.core.reuse import PassKeeper, joined
+from stitchvm.core.reuse import BegunPasses, PassKeeper, joined
 from stitchvm.core.value import Branch
 
 BUILT: dict[str, Any] = {
