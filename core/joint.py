@@ -28,7 +28,7 @@ SEPARATOR = "/"
 
 def load_rewards(
     rewards: str | Reward | JointReward | Sequence[str | Reward] | Mapping[str, Reward],
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> dict[str, Reward]:
     """One or several rewards by their names, in the order given; :class:`ConfigError` for none or one given twice."""
     if isinstance(rewards, Mapping | JointReward):
@@ -155,7 +155,7 @@ class JointReward:
         rewards: Sequence[str | Reward] | Mapping[str, Reward],
         weights: Sequence[float] | None = None,
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
         self.rewards = load_rewards(rewards, device)
         self.weights = checked_weights(tuple(self.rewards), weights)
@@ -206,14 +206,14 @@ GivenReward = str | AnyReward | Sequence[str] | Mapping[str, float]
 
 
 def load_judges(
-    rewards: str | AnyReward | Sequence[str | AnyReward], device: torch.device | str = "cpu"
+    rewards: str | AnyReward | Sequence[str | AnyReward], device: torch.device | str | None = None
 ) -> list[AnyReward]:
     """As :func:`load_judge`, each of them for itself; none for an empty list."""
     given = rewards if isinstance(rewards, Sequence) and not isinstance(rewards, str) else [rewards]
     return [load_judge(each, device) for each in given]
 
 
-def load_judge(reward: GivenReward, device: torch.device | str = "cpu") -> AnyReward:
+def load_judge(reward: GivenReward, device: torch.device | str | None = None) -> AnyReward:
     """As :func:`load_reward`; a joint reward comes back as it is, several names become one, weight 1 each or as given.
 
     Raises also :class:`ConfigError` for a name given twice, for none, and for a weight that is not a finite number.

@@ -87,14 +87,15 @@ def load_backbone(
     family: str | None = None,
     cut: int | None = None,
     dtype: DTypeLike | None = None,
-    device: Device = "cpu",
+    device: Device | None = None,
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Backbone:
     """A backbone by registered name, record, local folder, ``hf-hub:org/repo`` or ``local-dir:/path``.
 
     A folder or hub id needs its ``family``; a network that is loaded already comes back as it is. ``cut`` loads
-    only what a head at that cut needs; ``dtype`` is the record's own unless given.
+    only what a head at that cut needs; ``dtype`` is the record's own unless given, ``device`` the process's GPU, else
+    the CPU (:func:`~stitchvm.core.devices.default_device`).
 
     Raises ``UnknownNameError``, ``PluginLoadError`` (a missing package) or ``WeightsError``.
     """
@@ -106,7 +107,7 @@ def load_backbone(
     cls: BackboneFamily = family_class(record)
     precision = as_dtype(dtype or record.dtype)
     network = cls.from_pretrained(
-        record, cut=cut, dtype=precision, device=device, token=token, local_files_only=local_files_only
+        record, cut=cut, dtype=precision, device=_placed(device), token=token, local_files_only=local_files_only
     )
     network.record = record
     return network
@@ -157,7 +158,7 @@ def load_reward(
     *,
     family: str | None = None,
     dtype: DTypeLike | None = None,
-    device: Device = "cpu",
+    device: Device | None = None,
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Reward:
@@ -170,9 +171,15 @@ def load_reward(
     cls: RewardFamily = family_class(record)
     precision = None if dtype is None else as_dtype(dtype)
     network = cls.from_pretrained(
-        record, dtype=precision, device=device, token=token, local_files_only=local_files_only
+        record, dtype=precision, device=_placed(device), token=token, local_files_only=local_files_only
     )
     return _adopted(network, record)
+
+
+def _placed(device: Device | None) -> Device:
+    from .devices import default_device
+
+    return default_device() if device is None else device
 
 
 def build_geometry(record: BackboneRecord | RewardRecord) -> Any:

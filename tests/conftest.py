@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("STITCHVM_REGISTRY", None)
+os.environ["STITCHVM_DEVICE"] = "cpu"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # as many processes as cores, so one thread each: more would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -147,7 +147,7 @@ def test_load_backbone_passes_on_what_was_asked(toys):
     assert network.settings == {
         "cut": 2,
         "dtype": torch.bfloat16,
-        "device": "cpu",
+        "device": torch.device("cpu"),
         "token": None,
         "local_files_only": False,
     }

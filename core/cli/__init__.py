@@ -7,6 +7,7 @@ stay quick.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,11 +70,17 @@ def _options(
         list[Path] | None,
         typer.Option(metavar="FILE", help="A single-file plugin (.py) or registry file (.toml); may be repeated."),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Where networks run: cpu, cuda:1 .. (default: a GPU where CUDA runs)."),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Value models for diffusion backbones, stitched from their own features and a reward model's tail."""
+    if device is not None:
+        os.environ["STITCHVM_DEVICE"] = device
     if plugin:
         from ..registries import registry
 

@@ -16,7 +16,7 @@ from ..registries import CONFLICT, USER_REGISTRY, Registry, registry
 from .output import Json, print_json, print_table
 
 _LIBRARIES = ("stitchvm", "torch", "diffusers", "transformers", "open_clip_torch", "huggingface_hub", "safetensors")
-_VARIABLES = (USER_REGISTRY, "HF_HOME", "HF_HUB_OFFLINE")
+_VARIABLES = (USER_REGISTRY, "STITCHVM_DEVICE", "HF_HOME", "HF_HUB_OFFLINE")
 
 
 def command(as_json: Json = False) -> None:
