@@ -6,22 +6,23 @@ of that step. A callback reads them with a value model and hands back others at 
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .alignment import reward_condition
 from .attention import gradient_in
 from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError, NonFiniteError
-from .kernels import Ode
-from .loading import backbone_from
+from .kernels import Ancestral, Cps, Kernel, Ode
 from .particles import Resampling, step_generators
 from .paths import Prediction, as_sigma, spread
 from .resampling import RESAMPLERS, draw_ancestors
@@ -61,12 +62,18 @@ class Guided:
 @attrs.frozen(eq=False)
 class _Step:
     """A step just taken: ``latents [B, C, h, w]`` float32 on the value's device, which went from ``sigma_before`` to
-    ``sigma`` and begin step ``number``."""
+    ``sigma`` and begin step ``number``; ``prompts [B]`` are the numbers of theirs."""
 
     number: int
     latents: Tensor
     sigma_before: float
     sigma: float
+    prompts: Tensor
+
+    def parts(self, batch: int) -> Iterator[slice]:
+        """The rows, at most ``batch`` at a time."""
+        for start in range(0, len(self.latents), batch):
+            yield slice(start, start + batch)
 
 
 @attrs.define(eq=False)
@@ -74,7 +81,8 @@ class StepCallback(ABC):
     """What both callbacks share: which steps they act in, and what stands between a pipeline's latents and a value's.
 
     ``prompt`` as the pipeline is called with it; so are ``height`` and ``width``, which a pipeline that packs its
-    latents (FLUX) does not tell. The last step's clean latents are left alone: a value is for noisy ones.
+    latents (FLUX) does not tell. ``batch`` bounds the latents of one pass of the value and changes nothing else. The
+    last step's clean latents are left alone: a value is for noisy ones.
     """
 
     value: StitchedValue = attrs.field(validator=_stitched)
@@ -82,6 +90,7 @@ class StepCallback(ABC):
     window: Window = attrs.field(default=(0.2, 0.8), kw_only=True, validator=_fractions)
     height: int | None = attrs.field(default=None, kw_only=True)
     width: int | None = attrs.field(default=None, kw_only=True)
+    batch: int = attrs.field(default=64, kw_only=True, validator=whole_from(1))
     history: list[Any] = attrs.field(factory=list, init=False)
     _rewarded: Condition | None = attrs.field(default=None, init=False)
     _prompted: Condition | None = attrs.field(default=None, init=False)
@@ -94,7 +103,7 @@ class StepCallback(ABC):
         """The tensors that the pipeline goes on with.
 
         Raises :class:`ConfigError` for a pipeline that does not hand out its latents, or holds others than the value
-        reads, and ``NonFiniteError`` for a value that is not finite.
+        reads, and ``NonFiniteError`` for values that are not finite.
         """
         if "latents" not in tensors:
             raise ConfigError(
@@ -106,8 +115,6 @@ class StepCallback(ABC):
             return {**tensors, "latents": self._after(pipeline, step, timestep, tensors["latents"].clone())}
 
     def _after(self, pipeline: Any, step: int, timestep: Any, latents: Tensor) -> Tensor:
-        if step == 0:
-            self.restart()
         if len(latents) % len(self.prompts):
             raise ConfigError(
                 f"{len(latents)} latents cannot belong to {len(self.prompts)} prompts in equal parts; give the prompts "
@@ -115,6 +122,8 @@ class StepCallback(ABC):
             )
         backbone = self._backbone
         sigmas = backbone.pipeline_sigmas(pipeline)
+        if step == 0:
+            self.restart(pipeline)
         timesteps = pipeline.scheduler.timesteps
         if step >= len(timesteps) or timesteps[step] != timestep:
             raise ConfigError(
@@ -127,13 +136,14 @@ class StepCallback(ABC):
         # A step that ends where it begins is the last one taken again (PNDM).
         before = float(sigmas[step - 1 if sigmas[step] == sigmas[step + 1] and step else step])
         own = backbone.from_pipeline_latents(pipeline, latents.float(), sigma, self._size).to(self.value.device)
-        return self.change(pipeline, _Step(number, own, before, sigma), latents)
+        prompts = torch.arange(len(self.prompts)).repeat_interleave(len(latents) // len(self.prompts))
+        return self.change(pipeline, _Step(number, own, before, sigma, prompts), latents)
 
     def steps(self, sigmas: Tensor) -> Sequence[int]:
         """The steps whose first latents are changed."""
         return steps_within(sigmas, self.window)
 
-    def restart(self) -> None:
+    def restart(self, pipeline: Any) -> None:
         """Forget the call before this one."""
         self.history, self._prompted, self._rewarded = [], None, None
 
@@ -141,19 +151,33 @@ class StepCallback(ABC):
     def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
         """What to go on with in the place of ``latents``, which are the pipeline's form of ``step.latents``."""
 
-    def read(self, pipeline: Any, latents: Tensor, sigma: float) -> Tensor:
-        """The values ``[B]`` of latents ``[B, C, h, w]``, those of one prompt in a row."""
+    def read(self, pipeline: Any, step: _Step, part: slice, latents: Tensor) -> Tensor:
+        """The values of ``latents``, the rows ``part`` of the step's."""
         if self._rewarded is None:
             self._rewarded = reward_condition(self.value.objective(), self.prompts)
         if self.value.prompted and self._prompted is None:
-            self._prompted = backbone_from(pipeline).encode_prompts(list(self.prompts))
-        each = len(latents) // len(self.prompts)
-        prompt = None if self._prompted is None else self._prompted.to(latents.device).repeat(each)
-        rewarded = self._rewarded.to(latents.device).repeat(each)
-        values = self.value(latents, sigma, rewarded, prompt=prompt)
-        if not bool(values.isfinite().all()):
-            raise NonFiniteError(f"the value is not finite at sigma {sigma:g}; check the latents and the precision.")
-        return values
+            self._prompted = self._encoded(pipeline)
+        rows, device = step.prompts[part], latents.device
+        prompt = None if self._prompted is None else self._prompted.index(rows).to(device)
+        return self.value(latents, step.sigma, self._rewarded.index(rows).to(device), prompt=prompt)
+
+    def _encoded(self, pipeline: Any) -> Condition:
+        """The prompts by the pipeline's text encoders or, where those lie where only its own calls fetch them from, by
+        those of the value's own backbone."""
+        own, prompts = self._backbone, list(self.prompts)
+        parts = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
+        if not any(hasattr(part, "_hf_hook") for part in parts):
+            # The value's own family: pipelines with more parts (a ControlNet) are of classes that no family names.
+            found: Condition = type(own).from_pipeline(pipeline).encode_prompts(prompts)  # type: ignore[attr-defined]
+            return found
+        theirs = {id(parameter) for part in parts for parameter in part.parameters()}
+        if any(id(parameter) in theirs for parameter in self.value.head.parameters()):
+            raise ConfigError(
+                f"the value's head reads the prompt, but the text encoders of this {type(pipeline).__name__} are "
+                "offloaded, and the value has no others where it shares the pipeline's weights. Load it with a "
+                "backbone of its own: StitchedValue.from_pretrained(folder), without backbone=."
+            )
+        return own.encode_prompts(prompts)
 
     @property
     def _backbone(self) -> Backbone:
@@ -166,39 +190,105 @@ class StepCallback(ABC):
         return None if self.height is None or self.width is None else (self.height, self.width)
 
 
+_MULTISTEP: dict[str, Kernel] = {"dpmsolver": Ode(), "dpmsolver++": Ode(), "sde-dpmsolver++": Ancestral()}
+"""By DPM-Solver's ``algorithm_type``. The mean of ``sde-dpmsolver`` is not the forward process's posterior."""
+
+
+def step_of(scheduler: Any, eta: float = 0.0) -> Kernel:
+    """The transition that a diffusers scheduler's own ``step`` takes.
+
+    Multistep schedulers (PNDM, DPM-Solver, DEIS) extrapolate from predictions that they remember: a shift of all of
+    them, of the noise or of the clean latent, moves their steps as it would this transition's. ``eta`` is the call's,
+    read by DDIM alone.
+
+    Raises :class:`ConfigError` for a scheduler whose step is not known or not linear, and for an ``eta`` that it does
+    not read.
+    """
+    # Whoever defines the method: a subclass with a step of its own takes another.
+    name = next((cls for cls in type(scheduler).__mro__ if "step" in vars(cls)), type(scheduler)).__name__
+    settings = scheduler.config
+    steps: dict[str, Kernel | None] = {
+        "FlowMatchEulerDiscreteScheduler": Cps(1.0) if settings.get("stochastic_sampling") else Ode(),
+        "DDIMScheduler": Ancestral(eta),
+        "DDPMScheduler": Ancestral(),
+        "EulerDiscreteScheduler": Ode(),
+        "EulerAncestralDiscreteScheduler": Ancestral(),
+        "PNDMScheduler": Ode(),
+        "DPMSolverMultistepScheduler": _MULTISTEP.get(settings.get("algorithm_type", "")),
+        "DEISMultistepScheduler": Ode(),
+    }
+    found = steps.get(name)
+    if found is None:
+        kind = f" with algorithm_type={settings['algorithm_type']!r}" if name in steps else ""
+        raise ConfigError(
+            f"what guidance makes of a step of {name}{kind} is not known; give the pipeline one of {', '.join(steps)} "
+            "(of DPM-Solver's algorithms, " + ", ".join(_MULTISTEP) + ")."
+        )
+    for word in ("clip_sample", "thresholding"):
+        if word in inspect.signature(type(scheduler)).parameters and settings[word]:
+            raise ConfigError(
+                f"the {name} clips its clean latents ({word}=True), so that guidance is no shift of its steps; switch "
+                f"that off: {name}.from_config(pipe.scheduler.config, {word}=False)."
+            )
+    if eta and name != "DDIMScheduler":
+        raise ConfigError(f"eta is {eta:g}, but a {name} takes none, in the pipeline's call either; leave it out.")
+    return found
+
+
 @attrs.define(eq=False)
 class GuidanceCallback(StepCallback):
-    """Gradient guidance: each step lands where a sampler with the score ``score + strength grad V`` would (paper,
-    section 5), the gradient being that of the latents the step led to.
+    """Gradient guidance: each step lands where it would with the score ``score + strength grad V`` (paper, section 5),
+    the gradient being that of the latents the step led to.
 
     ``GuidanceCallback(value, prompt, strength=1.0)``. ``window``: fractions of the steps. ``normalisation``: ``raw``,
-    or ``unit-rms``, every latent's gradient at a root mean square of 1. A step from ``sigma`` to ``sigma'`` is moved by
-    ``strength (alpha' sigma^2 / alpha - sigma sigma') grad V``, not at all where ``alpha`` is 0. ``history`` holds the
-    values of the last call as :class:`Guided`, before they were moved.
+    or ``unit-rms``, every latent's gradient at a root mean square of 1. ``eta`` as the pipeline is called with it,
+    which a callback is not told (DDIM). A step from ``sigma`` to ``sigma'`` that adds noise of deviation ``std`` is
+    moved by ``strength (alpha' sigma^2 / alpha - sigma sqrt(sigma'^2 - std^2)) grad V`` (DDIM, eq. 12, for any path),
+    not at all where ``alpha`` is 0; see :func:`step_of`. ``history`` holds the values of the last call as
+    :class:`Guided`, before they were moved.
+
+    In a call it also raises what :func:`step_of` does, and ``NonFiniteError`` for any value or gradient that is not
+    finite.
     """
 
     strength: float = attrs.field(default=1.0, kw_only=True, validator=number_within(-math.inf))
     normalisation: Literal["raw", "unit-rms"] = attrs.field(
         default="raw", kw_only=True, validator=one_of(("raw", "unit-rms"))
     )
+    eta: float = attrs.field(default=0.0, kw_only=True, validator=number_within(0, 1))
+
+    def restart(self, pipeline: Any) -> None:
+        super().restart(pipeline)
+        step_of(pipeline.scheduler, self.eta)  # a mistake costs no step
 
     def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
-        z = step.latents.requires_grad_()
-        with torch.enable_grad():
-            values = self.read(pipeline, z, step.sigma)
-            gradient = gradient_in(z, values, self.value.dtype)
-        if not bool(gradient.isfinite().all()):
-            raise NonFiniteError(f"the value's gradient is not finite at sigma {step.sigma:g}; use a lower strength.")
+        found = [self._differentiate(pipeline, step, part) for part in step.parts(self.batch)]
+        values, gradient = (torch.cat(each) for each in zip(*found, strict=True))
         if self.normalisation == "unit-rms":
             size = gradient.square().mean((1, 2, 3)).sqrt()
             gradient = gradient / spread(size.clamp_min(torch.finfo(size.dtype).tiny), gradient)
-        self.history.append(Guided(step.number, step.sigma, values.detach().cpu()))
+        self.history.append(Guided(step.number, step.sigma, values.cpu()))
         still = torch.zeros_like(gradient)
         level, lower = (as_sigma(sigma, still) for sigma in (step.sigma_before, step.sigma))
         # Guidance and steps are linear: what they make of a prediction of zero is what they add to any.
         moved = Prediction(self._backbone.path, still, level, still, still).guided(self.strength * gradient)
-        shift = self._backbone.to_pipeline_latents(pipeline, Ode()(moved, lower).mean, step.sigma)
+        mean = step_of(pipeline.scheduler, self.eta)(moved, lower).mean
+        shift = self._backbone.to_pipeline_latents(pipeline, mean, step.sigma)
         return (latents.float() + shift.to(latents.device)).to(latents.dtype)
+
+    def _differentiate(self, pipeline: Any, step: _Step, part: slice) -> tuple[Tensor, Tensor]:
+        """Values ``[b]`` and their gradients ``[b, C, h, w]`` of some of a step's latents."""
+        z = step.latents[part].requires_grad_()
+        with torch.enable_grad():
+            values = self.read(pipeline, step, part, z)
+            gradient = gradient_in(z, values, self.value.dtype)
+        if not bool(values.isfinite().all()):
+            raise NonFiniteError(
+                f"the value is not finite at sigma {step.sigma:g}; check the latents and the precision."
+            )
+        if not bool(gradient.isfinite().all()):
+            raise NonFiniteError(f"the value's gradient is not finite at sigma {step.sigma:g}; use a lower strength.")
+        return values.detach(), gradient
 
 
 @attrs.define(eq=False)
@@ -208,11 +298,14 @@ class ResamplingCallback(StepCallback):
     ``ResamplingCallback(value, prompt, strength=10.0)``. Every ``interval`` steps of ``window`` the weights grow by
     ``exp(strength (V_k - V_{k-1}))`` with ``V_0 = 0``; where the effective sample size is at most ``ess_threshold`` of
     the particles (1 always, 0 never) they are drawn anew by ``resampler`` (:data:`RESAMPLERS`), otherwise carried on.
-    ``particles`` is checked against the call when given. ``seed`` decides the draws, anew in every call.
+    ``particles`` is checked against the call when given. ``seed`` decides the draws, anew in every call. An image whose
+    value is not finite is dropped, with a warning: its weight is 0 until resampling replaces it.
 
     Copies part only where the scheduler adds noise (``stochastic_sampling=True`` for SD 3 and FLUX, ``eta=1.0`` in the
     call for DDIM, ``EulerAncestralDiscreteScheduler``); otherwise they end as the same image. ``history`` holds the
     :class:`Resampling` of the last call and ``log_weights [P, N]`` what was carried to its end.
+
+    In a call it also raises ``NonFiniteError`` where all images of a prompt are dropped.
     """
 
     strength: float = attrs.field(default=10.0, kw_only=True, validator=number_within(0))
@@ -225,8 +318,8 @@ class ResamplingCallback(StepCallback):
     _last: Tensor | None = attrs.field(default=None, init=False)
     _generators: list[torch.Generator] = attrs.field(factory=list, init=False)
 
-    def restart(self) -> None:
-        super().restart()
+    def restart(self, pipeline: Any) -> None:
+        super().restart(pipeline)
         self.log_weights = self._last = None
         self._generators = step_generators(self.seed, range(len(self.prompts)))
 
@@ -240,8 +333,8 @@ class ResamplingCallback(StepCallback):
                 f"there are {each} latents a prompt, but particles is {self.particles}; call the pipeline with "
                 "num_images_per_prompt=particles."
             )
-        values = self.read(pipeline, step.latents, step.sigma).double().cpu().view(-1, each)
-        ancestors = self._resample(values, step)
+        read = [self.read(pipeline, step, part, step.latents[part]) for part in step.parts(self.batch)]
+        ancestors = self._resample(torch.cat(read).double().cpu().view(-1, each), step)
         rows = (ancestors + each * torch.arange(len(ancestors))[:, None]).flatten()
         if bool((rows == torch.arange(len(rows))).all()):
             return latents
@@ -250,8 +343,23 @@ class ResamplingCallback(StepCallback):
 
     def _resample(self, values: Tensor, step: _Step) -> Tensor:
         """Ancestors ``[P, N]``, the identity where weights are carried on, from values ``[P, N]``."""
+        lost = ~values.isfinite()
+        values = values.masked_fill(lost, torch.nan)
         past = torch.zeros_like(values) if self.log_weights is None else self.log_weights
-        weights = past + self.strength * (values if self._last is None else values - self._last)
+        change = self.strength * (values if self._last is None else values - self._last)
+        weights = past + change.nan_to_num(nan=-torch.inf)
+        dead = weights.isneginf().all(1)
+        if bool(dead.any()):
+            prompt = self.prompts[int(dead.nonzero()[0])]
+            raise NonFiniteError(
+                f"no image of prompt {prompt!r} has a value that is finite up to sigma {step.sigma:g}; "
+                "check the latents and the precision."
+            )
+        if bool(lost.any()):
+            warnings.warn(
+                f"{int(lost.sum())} of {lost.numel()} values are not finite at sigma {step.sigma:g}; these particles "
+                "are dropped.", RuntimeWarning, stacklevel=2
+            )  # fmt: skip
         size, chosen, ancestors = draw_ancestors(weights, self.resampler, self.ess_threshold, self._generators)
         self.history.append(Resampling(step.number, step.sigma, values.float(), size.float(), chosen, ancestors))
         self.log_weights = weights.masked_fill(chosen[:, None], 0)

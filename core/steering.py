@@ -35,7 +35,7 @@ def steer(
     prompt: str | Sequence[str],
     method: str | Aligner = "fk-steering",
     *,
-    num_inference_steps: int = 28,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     height: int | None = None,
@@ -52,19 +52,20 @@ def steer(
 
     ``pipe``: a loaded pipeline that :func:`backbone_from` takes; its modules are shared, its scheduler's settings give
     the noise levels. ``value``, ``method`` and ``settings`` are those of :func:`align` (``reward=`` beside
-    ``"tweedie"`` or an estimator, ``strength=``, ``batch=``, ...). ``guidance_scale``: the default of the pipeline's
-    own call when None; embedded where the network was distilled to read it (FLUX). ``negative_prompt``: one text, as
-    in the pipeline's call; it needs classifier-free guidance. ``height`` and ``width`` in pixels,
-    the backbone's own by default. ``generator``: a seed, or a generator that one is drawn from; None is seed 0.
-    ``backbone``: the pipeline's, where it is at hand already or needs a name (``backbone_from(pipe, name=...)``).
+    ``"tweedie"`` or an estimator, ``strength=``, ``batch=``, ...). ``num_inference_steps`` and ``guidance_scale``: the
+    defaults of the pipeline's own call when None (50 steps for SD 1.5 and SDXL, 28 for SD 3 and FLUX); guidance is
+    embedded where the network was distilled to read it (FLUX). ``negative_prompt``: one text, as in the pipeline's
+    call; it needs classifier-free guidance. ``height`` and ``width`` in pixels, the backbone's own by default.
+    ``generator``: a seed, or a generator that one is drawn from; None is seed 0. ``backbone``: the pipeline's, where it
+    is at hand already or needs a name (``backbone_from(pipe, name=...)``).
 
     Returns the pipeline's own output, with ``.images`` as ``output_type`` says (``pil``, ``pt``, ``np`` in [0, 1], or
     ``latent`` as the pipeline packs them), or a tuple without ``return_dict``; no safety checker is run, so what it
     would say is None. With ``return_particles`` the pair of that and the :class:`AlignResult`, which holds all
     particles.
 
-    Raises :class:`ConfigError` for an unknown setting or one out of range, and what :func:`backbone_from` and
-    :func:`align` raise.
+    Raises :class:`ConfigError` for an unknown setting, one out of range or one that the pipeline has no default for,
+    and what :func:`backbone_from` and :func:`align` raise.
     """
     if output_type not in _OUTPUTS:
         raise ConfigError(f"output_type is {output_type!r}; choose one of {', '.join(_OUTPUTS)}.")
@@ -74,12 +75,13 @@ def steer(
     kind = _output_class(pipe)
     if kind is None and return_dict:
         raise ConfigError(f"{type(pipe).__name__} does not say what its call returns; pass return_dict=False.")
-    scale = _default_guidance(pipe) if guidance_scale is None else guidance_scale
+    scale = float(_default(pipe, "guidance_scale")) if guidance_scale is None else guidance_scale
+    steps = int(_default(pipe, "num_inference_steps")) if num_inference_steps is None else num_inference_steps
     network, scale = (backbone_from(pipe) if backbone is None else backbone).at_guidance(scale)
     silent = getattr(pipe, "_progress_bar_config", {}).get("disable", False)
     result = align(
         method, network, value, [prompt] if isinstance(prompt, str) else prompt, particles=particles,
-        seed=_seed(generator), steps=num_inference_steps, guidance_scale=scale, negative_prompt=negative_prompt,
+        seed=_seed(generator), steps=steps, guidance_scale=scale, negative_prompt=negative_prompt,
         resolution=_resolution(height, width, network), **{"progress": not silent, **settings},
     )  # fmt: skip
     images = _images(pipe, network, result, output_type)
@@ -89,12 +91,12 @@ def steer(
     return (output, result) if return_particles else output
 
 
-def _default_guidance(pipe: Any) -> float:
-    """The ``guidance_scale`` of the pipeline's own call."""
-    found = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+def _default(pipe: Any, name: str) -> float:
+    """The default of a number that the pipeline's own call takes."""
+    found = inspect.signature(type(pipe).__call__).parameters.get(name)
     if found is None or not isinstance(found.default, int | float):
-        raise ConfigError(f"{type(pipe).__name__} has no guidance scale of its own; pass guidance_scale=.")
-    return float(found.default)
+        raise ConfigError(f"the call of a {type(pipe).__name__} has no {name} by default; pass {name}=.")
+    return found.default
 
 
 def _seed(generator: int | torch.Generator | None) -> int:

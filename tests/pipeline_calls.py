@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,6 +99,8 @@ def levels(pipe: Any, kind: str) -> list[float]:
     scheduler = pipe.scheduler
     if kind in ("sd3", "flux"):
         return [float(sigma) for sigma in scheduler.sigmas]
+    if isinstance(scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler):
+        return [float(own / (1 + own**2) ** 0.5) for own in scheduler.sigmas.double()]
     visited = [(1 - float(scheduler.alphas_cumprod[int(t)])) ** 0.5 for t in scheduler.timesteps]
     return [*visited, 0.0]
 

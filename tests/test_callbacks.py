@@ -92,7 +92,7 @@ def test_no_strength_changes_nothing(pipelines, kind):
 def test_guidance_is_the_formula(pipelines, kind):
     """Latents move by ``strength (alpha' sigma^2 / alpha - sigma sigma') grad V``, but not in the first step from pure
     noise or in the last."""
-    pipe = with_scheduler(pipelines["sd"], DDIMScheduler) if kind == "sd" else pipelines[kind]
+    pipe = with_scheduler(pipelines["sd"], DDIMScheduler, clip_sample=False) if kind == "sd" else pipelines[kind]
     guided = GuidanceCallback(linear_value(pipe), "a cat", strength=40.0, window=(0.0, 1.0), **HEIGHT_WIDTH)
     seen = Recorder(guided)
     run(pipe, kind, seen)
@@ -205,6 +205,47 @@ def _noted(given: list[list[float]], z: Tensor, condition: Any) -> Tensor:
     return z.sum((1, 2, 3))
 
 
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_a_bound_on_the_batch_changes_nothing_else(pipelines, batch, monkeypatch):
+    """Three prompts with two images each, of which passes of three take one and a half."""
+    pipe, sizes, forward = pipelines["sd3"], [], StitchedValue.forward
+    prompts, asked = ["a", "b", "c"], {"batch": 6, "num_images_per_prompt": 2}
+    monkeypatch.setattr(
+        StitchedValue,
+        "forward",
+        lambda self, z, *given, **more: sizes.append(len(z)) or forward(self, z, *given, **more),
+    )
+    ends, seen = [], []
+    for bound in ({}, {"batch": batch}):
+        settings = {"strength": 40.0, "window": (0.4, 0.8), **HEIGHT_WIDTH, **bound}
+        for callback in (
+            GuidanceCallback(linear_value(pipe), prompts, **settings),
+            ResamplingCallback(linear_value(pipe), prompts, interval=1, **settings),
+        ):
+            sizes.clear()
+            ends.append(run(pipe, "sd3", callback, prompts, **asked))
+            assert max(sizes) == min(bound.get("batch", 64), 6)
+            assert sum(sizes) == 6 * len(callback.history)
+            seen.append(torch.stack([look.values.flatten() for look in callback.history]))
+    for k in (0, 1):
+        torch.testing.assert_close(ends[k], ends[k + 2], rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen[k], seen[k + 2], rtol=0, atol=1e-5)
+    assert (ends[0] - ends[1]).abs().max() > 0.1
+
+
+def test_every_prompt_keeps_its_condition_in_a_bounded_batch(pipelines, monkeypatch):
+    pipe, value, given = pipelines["sd3"], linear_value(pipelines["sd3"]), []
+    reward = value.reward()
+    reward.condition_kind = "prompts"
+    monkeypatch.setattr(reward, "encode_prompts", lambda prompts: _lengths(prompts))
+    monkeypatch.setattr(
+        type(value), "forward", lambda self, z, sigma, condition, prompt=None: _noted(given, z, condition)
+    )
+    run(pipe, "sd3", GuidanceCallback(value, ["ab", "abcd"], window=(0.4, 0.4), batch=3), ["ab", "abcd"], 4,
+        num_images_per_prompt=2)  # fmt: skip
+    assert given == [[2.0, 2.0, 4.0], [4.0]]
+
+
 def test_a_value_that_reads_the_prompt_is_given_it(pipelines, monkeypatch):
     """By the pipeline's own text encoders, one sample a latent."""
     pipe, value, seen = pipelines["sd3"], linear_value(pipelines["sd3"]), []
@@ -279,6 +320,7 @@ def test_a_value_that_is_not_finite(pipelines):
         ({"window": (0.2, 1.5)}, "1.5"),
         ({"resampler": "best"}, "resampler is 'best'; choose one of .*systematic"),
         ({"ess_threshold": 1.5}, "ess_threshold is 1.5; give a finite number from 0 to 1"),
+        ({"batch": 0}, "batch is 0; give a whole number from 1 on"),
         ({"interval": 0}, "interval is 0; give a whole number from 1 on"),
         ({"interval": 1.5}, "interval is 1.5; give a whole number"),
         ({"strength": "2"}, "strength is '2'; give a finite number from 0 on"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -21,7 +22,7 @@ from pipeline_calls import (
     run,
     with_scheduler,
 )
-from stitchvm.core import ResamplingCallback
+from stitchvm.core import NonFiniteError, ResamplingCallback, StitchedValue
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,69 @@ def test_draws_are_the_seeds(pipelines):
     assert ancestors[0] == ancestors[1] == ancestors[2] == ancestors[3]
     assert len({str(drawn) for drawn in ancestors}) > 1
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# -- values that are not finite
+
+
+def losing(monkeypatch: pytest.MonkeyPatch, *lost: list[int], number: float = float("nan")) -> None:
+    """Have the value's first calls give ``number`` for some rows each."""
+    forward, looks = StitchedValue.forward, iter(lost)
+
+    def forgetful(self: StitchedValue, *given: Any, **more: Any) -> torch.Tensor:
+        values = forward(self, *given, **more).clone()
+        values[next(looks, [])] = number
+        return values
+
+    monkeypatch.setattr(StitchedValue, "forward", forgetful)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_particle_without_a_number_is_dropped(pipelines, monkeypatch, number):
+    """It is nobody's ancestor, the others share its weight, and the call goes on."""
+    pipe = pipelines["sd3"]
+    losing(monkeypatch, [1], number=number)
+    callback = resampling(pipe, strength=2.0, ess_threshold=1.0, interval=1)
+    with pytest.warns(RuntimeWarning, match="1 of 4 values are not finite at sigma 0.75.* particles are dropped"):
+        end = run(pipe, "sd3", callback, batch=4, num_images_per_prompt=4)
+    assert end.isfinite().all()
+    first, second = callback.history[:2]
+    kept = [0, 2, 3]
+    assert first.values[0].isnan().tolist() == [False, True, False, False]
+    weights = (2.0 * first.values[0, kept].double()).softmax(0)
+    torch.testing.assert_close(first.ess[0].double(), 1 / weights.square().sum(), rtol=1e-4, atol=0)
+    assert set(first.ancestors[0].tolist()) <= set(kept)
+    assert second.values.isfinite().all()
+    assert second.ess.isfinite().all()
+
+
+def test_a_dropped_particle_stays_out_until_it_is_replaced(pipelines, monkeypatch):
+    """Also where its later values are numbers, of which only the others' make weights."""
+    pipe = pipelines["sd3"]
+    losing(monkeypatch, [2])
+    callback = resampling(pipe, strength=2.0, ess_threshold=0.0, window=(0.0, 1.0), interval=1)
+    with pytest.warns(RuntimeWarning, match="1 of 3 values"):
+        run(pipe, "sd3", callback, batch=3, num_images_per_prompt=3)
+    last = callback.history[-1].values.double()
+    assert last.isfinite().all()
+    assert callback.log_weights[0, 2] == -torch.inf
+    torch.testing.assert_close(callback.log_weights[0, :2], 2.0 * last[0, :2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lost", [([3, 4, 5],), ([3], [4, 5])])
+def test_a_prompt_without_any_particle_is_an_error(pipelines, monkeypatch, lost):
+    """Lost at once, or one after the other."""
+    pipe = pipelines["sd3"]
+    losing(monkeypatch, *lost)
+    callback = ResamplingCallback(
+        linear_value(pipe), ["a cat", "a dog"], ess_threshold=0.0, window=(0.0, 1.0), interval=1, **HEIGHT_WIDTH
+    )
+    with (
+        pytest.warns(RuntimeWarning) if len(lost) > 1 else nullcontext(),
+        pytest.raises(NonFiniteError, match="no image of prompt 'a dog' has a value that is finite up to sigma"),
+    ):
+        run(pipe, "sd3", callback, ["a cat", "a dog"], 6, num_images_per_prompt=3)
+    assert len(callback.history) == len(lost) - 1
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, DPMSolverMultistepScheduler])

@@ -26,7 +26,8 @@ OUTPUTS = {
     "sd3": "StableDiffusion3PipelineOutput", "flux": "FluxPipelineOutput", "sd": "StableDiffusionPipelineOutput",
     "xl": "StableDiffusionXLPipelineOutput",
 }  # fmt: skip
-DEFAULTS = {"sd3": 7.0, "flux": 3.5, "sd": 7.5, "xl": 5.0}
+DEFAULTS = {"sd3": (28, 7.0), "flux": (28, 3.5), "sd": (50, 7.5), "xl": (50, 5.0)}
+"""Steps and guidance that the pipelines' documentation says they take."""
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,20 @@ def test_the_plain_method_is_the_pipeline(pipelines, kind, guidance):
     torch.testing.assert_close(ours.images, theirs.images, rtol=0, atol=2e-3)
     other = own_call(pipe, kind, noise, size, prompt=prompts, **{**settings, "guidance_scale": 9.0})
     assert (other.images - theirs.images).abs().max() > 1e-2, "or else guidance would not be compared"
+
+
+@EACH
+def test_steps_and_guidance_are_the_pipelines_own_by_default(pipelines, kind):
+    pipe = pipelines[kind]
+    noise = initial_noise(3, [0], 1, (4, 8, 8))[:, 0]
+    theirs = own_call(pipe, kind, noise, (16, 16), prompt="a red ball", output_type="pt")
+    taken = len(pipe.scheduler.timesteps)
+    ours, result = steer(pipe, None, "a red ball", "sample", height=16, width=16, generator=3, reward=brightness(),
+                         output_type="pt", return_particles=True, backbone=with_length(pipe, kind))  # fmt: skip
+    torch.testing.assert_close(ours.images, theirs.images, rtol=0, atol=2e-3)
+    steps, guidance = DEFAULTS[kind]
+    assert result.settings["steps"] == taken == steps
+    assert result.settings["guidance_scale"] == (1.0 if kind == "flux" else guidance)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "flux"])
@@ -212,7 +227,6 @@ def test_guidance_is_embedded_where_the_network_reads_it(pipelines, kind):
     else:
         assert network is backbone
         assert (scale, backbone.at_guidance(0.0)[1]) == (2.0, 1.0)
-    assert core.steering._default_guidance(pipelines[kind]) == DEFAULTS[kind]
 
 
 def test_the_progress_bar_is_the_pipelines(pipelines, capsys):
@@ -253,10 +267,12 @@ def test_embedded_guidance_has_no_negative_prompt(pipelines):
 def test_what_is_no_pipeline():
     with pytest.raises(ConfigError, match="Mute does not say what its call returns; pass return_dict=False"):
         steer(Mute(), None, "a")
-    with pytest.raises(ConfigError, match="Mute has no guidance scale of its own; pass guidance_scale="):
+    with pytest.raises(ConfigError, match="the call of a Mute has no guidance_scale by default; pass guidance_scale="):
         steer(Mute(), None, "a", return_dict=False)
-    with pytest.raises(ConfigError, match="a Mute is no pipeline known here"):
+    with pytest.raises(ConfigError, match="Mute has no num_inference_steps by default; pass num_inference_steps="):
         steer(Mute(), None, "a", return_dict=False, guidance_scale=1.0)
+    with pytest.raises(ConfigError, match="a Mute is no pipeline known here"):
+        steer(Mute(), None, "a", return_dict=False, guidance_scale=1.0, num_inference_steps=2)
 
 
 def test_the_guide_runs(pipelines, monkeypatch, tmp_path):
