@@ -95,10 +95,12 @@ class DiscreteTime:
             scheduler.set_timesteps(steps)
         except ValueError as error:
             raise ConfigError(f"{type(scheduler).__name__} cannot take {steps} steps: {error}") from error
-        # Multistep schedulers visit a timestep twice (PNDM the second one).
-        visited = self.sigma(torch.as_tensor(scheduler.timesteps).unique_consecutive())
-        levels = torch.cat([visited, torch.zeros(1)])
-        if len(visited) != steps or bool((levels.diff() >= 0).any()):
+        levels = _own_levels(scheduler)
+        if levels is None or unit_signal(scheduler):
+            # Multistep schedulers visit a timestep twice (PNDM the second one).
+            visited = self.sigma(torch.as_tensor(scheduler.timesteps).unique_consecutive())
+            levels = torch.cat([visited, torch.zeros(1)])
+        if len(levels) != steps + 1 or bool((levels.diff() >= 0).any()):
             raise ConfigError(
                 f"{type(scheduler).__name__} does not visit {steps} falling noise levels in {steps} steps; "
                 f"take fewer, at most {len(self.sigmas) - 1}."
@@ -111,21 +113,36 @@ def unit_signal(scheduler: Any) -> bool:
     return isinstance(scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler)
 
 
+def _own_levels(scheduler: Any) -> Tensor | None:
+    """``[steps + 1]``, float32: the levels that a scheduler steps between and then 0, where it has ratios of its own.
+
+    Its timesteps are these rounded: with Karras's spacing (``use_karras_sigmas``) several may be the same.
+    """
+    own = getattr(scheduler, "sigmas", None)
+    if own is None:
+        return None
+    ratio = own.double().cpu()
+    return torch.cat([(ratio / (1 + ratio.square()).sqrt())[:-1], ratio.new_zeros(1)]).float()
+
+
 def pipeline_levels(scheduler: Any, time: DiscreteTime) -> Tensor:
-    """``[steps + 1]``, float32: the levels of the timesteps that a scheduler was set to, then 0.
+    """``[steps + 1]``, float32: the levels of the steps that a scheduler was set to, then 0.
 
     Raises :class:`ConfigError` for a scheduler that keeps its latents in yet another scale, or that leaves the path
     between two timesteps.
     """
-    if unit_signal(scheduler):
-        own = scheduler.sigmas.double().cpu()
-        return (own / (1 + own.square()).sqrt()).float()
+    own = _own_levels(scheduler)
+    if own is not None and unit_signal(scheduler):
+        return own
     runge_kutta = isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps
     preserved = getattr(scheduler, "init_noise_sigma", None) == 1 and hasattr(scheduler, "alphas_cumprod")
+    preserved = preserved and not scheduler.config.get("use_flow_sigmas", False)
     if runge_kutta or not preserved:
         problem = " without skip_prk_steps" if runge_kutta else ""
         raise ConfigError(
             f"the latents of a {type(scheduler).__name__}{problem} are not at a known noise level after each step; "
             "use DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, or PNDMScheduler with skip_prk_steps."
         )
-    return torch.cat([time.sigma(torch.as_tensor(scheduler.timesteps).cpu()), torch.zeros(1)])
+    return (
+        own if own is not None else torch.cat([time.sigma(torch.as_tensor(scheduler.timesteps).cpu()), torch.zeros(1)])
+    )
