@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from .training import TrainResult, train
     from .training_problem import Experience, Rows, StopWindow, TrainingMethod, TrainProblem, Update, spread_seed
     from .training_settings import TrainSettings
+    from .validators import number_above, number_within, whole_from
     from .value import StitchedValue
     from .windows import StepUnit, Window, steps_at, steps_within
 
@@ -156,6 +157,7 @@ _PUBLIC = {
     "training": ("TrainResult", "train"),
     "training_problem": ("Experience", "Rows", "StopWindow", "TrainProblem", "TrainingMethod", "Update", "spread_seed"),
     "training_settings": ("TrainSettings",),
+    "validators": ("number_above", "number_within", "whole_from"),
     "value": ("StitchedValue",),
     "windows": ("StepUnit", "Window", "steps_at", "steps_within"),
 }
@@ -272,6 +274,8 @@ __all__ = [
     "load_dataset_plugin",
     "load_reward",
     "name_of",
+    "number_above",
+    "number_within",
     "pairs",
     "plan",
     "rank_seeds",
@@ -289,6 +293,7 @@ __all__ = [
     "steps_within",
     "stitch",
     "train",
+    "whole_from",
     "with_config_errors",
     "with_lora",
 ]

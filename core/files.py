@@ -90,22 +90,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     write_atomically(path, save)
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """A safetensors file's tensors on the CPU; :class:`ArtefactError` when it is missing or truncated."""
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what safetensors says of a file that is missing or damaged into one :class:`ArtefactError`."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if not path.is_file():
         raise ArtefactError(f"{str(path)!r} does not exist.")
     try:
-        return load_file(path)
+        yield
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{str(path)!r} cannot be read ({error}); it may be truncated. Write it again.") from error
 
 
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A safetensors file's tensors on the CPU; :class:`ArtefactError` when it is missing or truncated."""
+    from safetensors.torch import load_file
+
+    with _reading(path):
+        return load_file(path)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
-    """A safetensors file's own metadata."""
+    """A safetensors file's own metadata; :class:`ArtefactError` when the file is missing or truncated."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with _reading(path), safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def _names(instance: object, attribute: attrs.Attribute[Any], targets: object) -> None:
     if isinstance(targets, str):
         raise ConfigError(f"targets is {targets!r}; give a list of names.")
+    if targets == ():
+        raise ConfigError("targets is empty; give a list of names, or null for the family's own.")
 
 
 @attrs.frozen(field_transformer=with_config_errors)
@@ -90,13 +93,16 @@ def check_bare(backbone: Backbone) -> None:
 def inject(backbone: Backbone, lora: LoraSettings, seed: int) -> None:
     """Put adapters into the modules of ``backbone.net``, in place.
 
-    Raises :class:`ConfigError` for targets that it has none of, ``PluginLoadError`` without peft.
+    Raises :class:`ConfigError` for a target that it has none of or that cannot be adapted, ``PluginLoadError`` without
+    peft.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise PluginLoadError("training with a LoRA needs peft: pip install 'stitchvm[train]'.") from error
     targets = list(lora.targets or backbone.lora_targets)
+    if lora.targets is not None:  # of the family's own, a network need not have all
+        _check_targets(backbone, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -109,3 +115,18 @@ def inject(backbone: Backbone, lora: LoraSettings, seed: int) -> None:
     for parameter in backbone.net.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _check_targets(backbone: Backbone, targets: list[str]) -> None:
+    """peft passes over a target that it does not find, as long as it finds another."""
+    paths = [f".{name}" for name, _ in backbone.net.named_modules()]
+    missing = [target for target in targets if not any(path.endswith(f".{target}") for path in paths)]
+    if not missing:
+        return
+    known = sorted({path.rpartition(".")[2] for path in paths} | set(backbone.lora_targets))
+    close = [match for target in missing for match in difflib.get_close_matches(target, known, 1)]
+    hint = f"; did you mean {', '.join(close)}?" if close else "."
+    raise ConfigError(
+        f"{name_of(backbone)} has none of the modules {', '.join(missing)} that targets names{hint} "
+        f"Its family's own are {', '.join(backbone.lora_targets)}."
+    )

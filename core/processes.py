@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from torch import distributed
 
+from .errors import ConfigError
+
 LONGEST_WAIT = timedelta(days=1)
 """For one another: shares of the same work can take hours longer than others, as when one was begun before."""
 
@@ -20,13 +22,36 @@ LONGEST_WAIT = timedelta(days=1)
 def join_group(device: torch.device, handlers: Sequence[KwargsHandler] = (), **settings: Any) -> Accelerator:
     """Accelerate's handle on the group of this process, which is left in order when the process ends.
 
-    ``device`` says whether the group works without a GPU; ``handlers`` and ``settings`` are Accelerate's own.
+    ``device``, where this process's network is, says whether the group works without a GPU; ``handlers`` and
+    ``settings`` are Accelerate's own.
+
+    Raises :class:`ConfigError` where Accelerate refuses how the process was started, and for a network on another GPU
+    than the one that the group has for this process.
     """
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[waiting, *handlers], **settings)
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[waiting, *handlers], **settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"accelerate refuses to start this process ({error}); compare what 'accelerate env' prints with how it was "
+            "launched."
+        ) from error
+    _check_device(device, accelerator)
     atexit.unregister(_leave)
     atexit.register(_leave)
     return accelerator
+
+
+def _check_device(device: torch.device, accelerator: Accelerator) -> None:
+    """A process alone may work on any of its GPUs; those of a group each have one, which their messages go through."""
+    own = accelerator.device
+    same = device.type == own.type and (None in (device.index, own.index) or device.index == own.index)
+    if accelerator.num_processes == 1 or same:
+        return
+    raise ConfigError(
+        f"the network is on {device}, but process {accelerator.process_index} of {accelerator.num_processes} works on "
+        f"{own}. Load it there (.to({str(own)!r})), or pass its name, which is loaded where its process works."
+    )
 
 
 def _leave() -> None:

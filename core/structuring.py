@@ -25,7 +25,7 @@ def structure(cls: type[T], data: Any, where: str) -> T:
     except Exception as error:  # cattrs wraps whatever a class's own validators raise
         lines = cattrs.transform_error(error, where, _explain)
         places = (line.rpartition(" @ ") for line in lines)
-        raise ConfigError("\n".join(f"{place}: {message}." for message, _, place in places)) from error
+        raise ConfigError("\n".join(f"{place}: {message.rstrip('.')}." for message, _, place in places)) from error
 
 
 def plain(instance: Any) -> dict[str, Any]:

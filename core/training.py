@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.tracking import filter_trackers
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -34,9 +34,9 @@ from .progress import track
 from .seeds import stream_seed
 from .sharding import is_shared, own_share, process_mesh, whole
 from .structuring import structure
-from .training_evaluation import Evaluation, Gallery
+from .training_evaluation import Gallery
 from .training_problem import Experience, Rows, TrainingMethod, TrainProblem, Update
-from .training_settings import TrainSettings
+from .training_settings import TrainSettings, as_launched
 from .training_state import TrainingRecord, TrainingState
 
 
@@ -75,24 +75,28 @@ def train(
     sum of several names, or of their weights by name (``{"hpsv2": 1, "clip-vit-l-14": 0.5}``). ``held_out_rewards`` are
     never trained on: they are evaluated beside the trained one, and a fall of theirs is warned of (reward hacking); so
     are ``judges`` of finished images, by name (a detector: ``judge(images, prompts) -> [P]``). Evaluation samples
-    ``evaluation_prompts`` (by default the first 16 of ``prompts``) with averaged weights, always from the same noise.
+    ``evaluation_prompts`` (by default the first 16 of ``prompts``) with averaged weights, always from the same noise;
+    scores that are not finite are left out, with a warning.
 
     ``out`` gets ``train.json`` (settings, versions, cost, history), ``training.png``, image grids, and what plain
     diffusers loads: ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(out)``. ``best`` has the same of
     the evaluation with the highest mean of ``reward`` (itself, whatever ``value`` was maximised).
-    A run that was killed goes on from its last checkpoint there to the same weights, bit for bit on one process.
-    Under ``accelerate launch``, processes share every update's prompts.
+    A run that was killed goes on from its last checkpoint there to the same weights, bit for bit on one process; with
+    another ``learning_rate``, ``clip_norm`` or ``ema_decay`` if asked, which is warned of and put down.
+    Under ``accelerate launch``, processes share every update's prompts, and a backbone's name is loaded on the GPU of
+    each.
 
-    Raises :class:`ConfigError` for bad settings or those of another run in ``out``, ``OutputError`` when ``out`` cannot
-    be written, :class:`NonFiniteError` when the loss or a weight is not finite (the last checkpoint is kept).
+    Raises :class:`ConfigError` for bad settings, those of another run in ``out`` and a backbone on another GPU than its
+    process's, ``ArtefactError`` for a damaged checkpoint, ``OutputError`` when ``out`` cannot be written,
+    :class:`NonFiniteError` when the loss, a gradient or a weight is not finite, or no sample of an evaluation is (the
+    last checkpoint is kept).
     """
+    _check_numbers(steps, seed, guidance_scale)
     network, folder = load_backbone(backbone), Path(out).expanduser()
     estimator, judge = resolve_value(value, reward, network, seed)
     trainer = resolve_method(method, settings)
     _check_complete(trainer)
-    if not guidance_scale >= 0:
-        raise ConfigError(f"guidance_scale is {guidance_scale}; give a number from 0 on (1: no guidance).")
-    plan = training_settings(trainer, training)
+    plan = as_launched(training_settings(trainer, training))
     texts, size = checked_prompts(prompts), latent_size(network, resolution)
     accelerator = _accelerator(plan, network, folder)
     if plan.prompts_per_update % accelerator.num_processes:
@@ -109,6 +113,7 @@ def train(
         reward_condition(judge, texts), network.null_condition(), network.sigmas(steps, size).to(network.device),
         (network.latent_channels, *size), guidance_scale, seed,
         plan.batch, policy.another() if trainer.needs_old else None, accelerator.gather,
+        finished_only=estimator is None,
     )  # fmt: skip
     trainer.check(problem)
     rewards = [judge, *load_judges(held_out_rewards, network.device)]
@@ -124,6 +129,15 @@ def _over_policy(estimator: Estimator | None, policy: Policy) -> Estimator:
     if isinstance(estimator, Sum):
         return Sum([_over_policy(part, policy) for part in estimator.estimators], estimator.weights)
     raise ConfigError("head is 'policy', which is for stitched values in unsharded trainings; leave it at 'frozen'.")
+
+
+def _check_numbers(steps: int, seed: int, guidance_scale: float) -> None:
+    """:class:`ConfigError` for a number of :func:`train` that is out of range."""
+    for name, number, lowest in (("steps", steps, 1), ("seed", seed, 0)):
+        if type(number) is not int or number < lowest:
+            raise ConfigError(f"{name} is {number!r}; give a whole number from {lowest} on.")
+    if not 0 <= guidance_scale < float("inf"):
+        raise ConfigError(f"guidance_scale is {guidance_scale}; give a finite number from 0 on.")
 
 
 def _check_complete(method: object) -> None:
@@ -147,23 +161,23 @@ def training_settings(method: TrainingMethod, given: TrainSettings | Mapping[str
 
 
 def _accelerator(plan: TrainSettings, network: Backbone, out: Path) -> Accelerator:
-    """Of this process; :class:`ConfigError` for a tracker that is unknown or not installed."""
+    """Of this process; :class:`ConfigError` for a tracker that is unknown or not installed, and what
+    :func:`join_group` raises."""
     try:
-        found = join_group(network.device, log_with=plan.tracker, project_dir=str(out))
+        installed = filter_trackers([plan.tracker], str(out)) if plan.tracker is not None else [None]
     except ValueError as error:
         raise ConfigError(f"tracker is {plan.tracker!r}: {error}") from error
-    if plan.tracker is not None and not found.log_with:
+    if not installed:
         raise ConfigError(
             f"the tracker {plan.tracker!r} is not installed: pip install 'stitchvm[train]' has tensorboard; or set "
             "tracker to null."
         )
-    return found
+    return join_group(network.device, log_with=plan.tracker, project_dir=str(out))
 
 
 def _mesh(plan: TrainSettings, accelerator: Accelerator) -> DeviceMesh | None:
     """What the network is shared out over, if it is; :class:`ConfigError` for a single process."""
-    asked = parse_flag_from_env("ACCELERATE_USE_FSDP") if plan.shard is None else plan.shard
-    if not asked:
+    if not plan.shard:
         return None
     if accelerator.num_processes == 1:
         raise ConfigError(
@@ -191,27 +205,27 @@ class _Run:
             policy.parameters.values(), lr=self.plan.learning_rate, weight_decay=self.plan.weight_decay
         )
         state = TrainingState.begin(self.folder, policy, self.problem.old, optimiser, self.plan.ema_decay)
-        record = state.restore(TrainingRecord.about(name, self.method, self.plan, self.problem, self.gallery, texts))
+        about = TrainingRecord.about(name, self.method, self.plan, self.problem, self.gallery, texts)
+        record = state.restore(about, self.plan.updates)
         record.check_evaluated(self.gallery.names, self.folder)
         if self.plan.tracker is not None:
-            self.accelerator.init_trackers("stitchvm")
+            self.accelerator.init_trackers("stitchvm", config=_flat(record.settings))
         main = self.accelerator.is_main_process
-        if self._evaluate(state, record, 0) if not record.evaluations else record.best["update"] == record.updates:
+        if record.due(record.updates, self.plan):  # it is new, or was killed while it was evaluated
+            self._evaluate(state, record, record.updates)
+        elif record.best["update"] == record.updates:
             state.save_best(write=main)  # it was killed before, perhaps
         left = range(record.updates, self.plan.updates)
         for number in track(left, name, len(left), progress and main):
-            with CostMeter() as cost:
+            with CostMeter() as cost, state.telling_what_is_kept():
                 figures = self._update(number, optimiser)
             state.average(number)
             record.add(figures, self._over_all(cost.passes), cost.seconds)
             self.accelerator.log(figures, step=number + 1)
-            last, best = number + 1 == self.plan.updates, False
-            if last or (number + 1) % self.plan.evaluate_every == 0:
-                best = self._evaluate(state, record, number + 1)
-            if last or best or (number + 1) % self.plan.checkpoint_every == 0:
+            if record.due(number + 1, self.plan):
+                self._evaluate(state, record, number + 1)
+            elif (number + 1) % self.plan.checkpoint_every == 0:
                 state.save(record, write=main)
-            if best:  # never ahead of the checkpoint, from which a run may go on with other settings
-                state.save_best(write=main)
         for tracker in self.accelerator.trackers:
             tracker.finish()  # not end_training, which would leave the process group unusable for what comes next
         policy.load(state.averages.tensors())
@@ -220,20 +234,32 @@ class _Run:
             record.write(self.folder)
         return TrainResult(policy, record)
 
-    def _evaluate(self, state: TrainingState, record: TrainingRecord, number: int) -> bool:
-        """With averaged weights; every process does, as all hold the same. Whether they are the best so far."""
-        found: Evaluation = self.gallery.evaluate(self.problem, state.averages.backbone, record.evaluations)
+    def _evaluate(self, state: TrainingState, record: TrainingRecord, number: int) -> None:
+        """With averaged weights, which are kept if they are the best so far; every process does, as all hold the same.
+
+        The checkpoint is written in between: after it is known that these weights can be sampled, so that a training
+        that has diverged keeps an earlier one to go on from, and before any judge, whose failure costs no update.
+        """
+        main = self.accelerator.is_main_process
+        with state.telling_what_is_kept():
+            drawn = self.gallery.draw(self.problem, state.averages.backbone, number)
+        if number > 0 and state.saved != number:
+            state.save(record, write=main)
+        found = self.gallery.judge(self.problem, drawn, record.evaluations)
         report = found.report(number, record)
         record.evaluations.append(report)
-        main = self.accelerator.is_main_process
         # said by one for all, who must save together: their numbers may differ in the last digit
         best = float(self._summed(torch.tensor(float(main and record.best is report), device=self.problem.device)))
-        means = {f"evaluation/{name}": entry["mean"] for name, entry in report["rewards"].items()}
+        told = {**report["rewards"], **report.get("parts", {})}.items()
+        means = {f"evaluation/{name}": entry["mean"] for name, entry in told if entry["mean"] is not None}
         self.accelerator.log(means, step=number)
         if main:
             found.save(self.folder / "grids" / f"{number:05d}.png")
             record.write(self.folder)
-        return best > 0
+        if number > 0 and (best > 0 or number == self.plan.updates):  # or else going on from there evaluates again
+            state.save(record, write=main)
+        if best > 0:  # never ahead of the checkpoint, from which a run may go on with other settings
+            state.save_best(write=main)
 
     def _update(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         """Collect, and take the optimiser's steps; the figures to log."""
@@ -243,7 +269,7 @@ class _Run:
         for _ in range(self.plan.inner_updates):
             figures = self._step(experience, optimiser, number)
         if not self._everywhere(all(bool(own_share(p).isfinite().all()) for p in self._parameters())):
-            raise NonFiniteError(f"a weight is not finite after update {number}. The last checkpoint is kept.")
+            raise NonFiniteError(f"a weight is not finite after update {number}; lower the learning rate.")
         self.method.updated(self.problem, number)
         share = 1 / self.accelerator.num_processes  # all have as many samples
         return self._added({name: figure * share for name, figure in experience.figures.items()}) | figures
@@ -271,15 +297,15 @@ class _Run:
                     sums[name] += figure * counts * len(rows) / total
         told = self._added(sums)
         if not math.isfinite(told["loss"]):
-            raise NonFiniteError(
-                f"the loss is {told['loss']} at update {number}; lower the learning rate. The last checkpoint is kept."
-            )
+            raise NonFiniteError(f"the loss is {told['loss']} at update {number}; lower the learning rate.")
         parameters = self._parameters()
         self._join_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip_norm or math.inf)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip_norm or math.inf)))
+        if not math.isfinite(norm):  # clipped by one that is infinite, every gradient would be 0 from now on
+            raise NonFiniteError(f"the norm of the gradient is {norm} at update {number}; lower the learning rate.")
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return told | {"gradient_norm": float(whole(norm))}
+        return told | {"gradient_norm": norm}
 
     def _in_step(self, experience: Experience) -> Iterator[tuple[Rows, float]]:
         """The batches, each counting 1. Processes that share a network pass through it together, so one that has fewer
@@ -335,3 +361,15 @@ class _Run:
 
 def _shuffling(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, epoch, 0, 0, 0, 0))
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as a tracker takes them: one table of numbers and texts, under dotted names."""
+    found: dict[str, Any] = {}
+    for name, entry in table.items():
+        simple = entry is None or isinstance(entry, str | int | float)
+        found |= (
+            _flat(entry, f"{prefix}{name}.") if isinstance(entry, Mapping)
+            else {prefix + name: entry if simple else str(entry)}
+        )  # fmt: skip
+    return found

@@ -1,11 +1,12 @@
 """How good a policy's samples have become: the trained reward, and rewards that it never saw.
 
 A reward that is trained on can be had by samples that nobody likes better. Rewards that are held out show it: while the
-trained one rises, theirs fall.
+trained one rises, theirs fall. A score that is not finite is left out, with a warning, and is None in every report.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +22,29 @@ from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
 from .conditions import Condition
 from .datasets import Judge
-from .errors import ConfigError
+from .errors import ConfigError, NonFiniteError
 from .files import make_folder
-from .joint import AnyReward
+from .joint import AnyReward, JointReward, share_of
 from .loading import name_of
 from .particles import initial_noise
 from .provenance import network_identity
 from .sampling import Denoiser
 from .sampling import sample as run_sampler
 from .training_problem import TrainProblem
+
+Scores = Sequence[float | None]
+"""One a prompt; None where there was no finite one."""
+
+
+@attrs.frozen(eq=False)
+class Drawn:
+    """The samples of an evaluation: images ``[P, 3, H, W]`` in [0, 1], the trained reward's scores ``[P]``, and those
+    of its ``parts`` where it is a sum, by name."""
+
+    number: int
+    images: Tensor
+    trained: Tensor
+    parts: dict[str, Tensor]
 
 
 @attrs.frozen(eq=False)
@@ -50,13 +65,14 @@ class Gallery:
     ) -> Self:  # fmt: skip
         """By the rewards' own names; ``judges`` of finished images come after them.
 
-        Raises :class:`ConfigError` for two of one name.
+        Raises :class:`ConfigError` for two of one name, and for a held-out reward that is a part of the trained one.
         """
         named, judges = {name_of(reward): reward for reward in rewards}, judges or {}
         if len(named) < len(rewards) or set(named) & set(judges):
             given = [name_of(reward) for reward in rewards] + list(judges)
             twice = sorted({name for name in given if given.count(name) > 1})
             raise ConfigError(f"{', '.join(twice)} is what two evaluations would be called; give it once.")
+        _check_held_out(*rewards)
         noise = initial_noise(problem.seed, range(len(prompts)), 1, problem.latent_shape).flatten(0, 1)
         texts = {name: reward_condition(reward, prompts) for name, reward in named.items()}
         conditions = problem.reference.encode_prompts(list(prompts))
@@ -71,6 +87,61 @@ class Gallery:
         """Of all that is evaluated, the trained reward first."""
         return (*self.rewards, *self.judges)
 
+    @torch.no_grad()
+    def draw(self, problem: TrainProblem, backbone: Backbone, number: int) -> Drawn:
+        """Sample ``backbone`` as it is after ``number`` updates, and rate by the trained reward.
+
+        Raises :class:`NonFiniteError` where sampling leaves the finite range, or no sample has a finite score.
+        """
+        trained, pictures, sums, parts = next(iter(self.rewards)), [], [], []
+        for rows in torch.arange(len(self.prompts)).split(problem.batch):
+            condition = self.conditions.index(rows).to(problem.device)
+            denoiser = Denoiser(backbone, condition, problem.null, problem.guidance_scale)
+            try:
+                latents = run_sampler(denoiser, self.noise[rows].to(problem.device), problem.sigmas)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"the samples after update {number} left the finite range; {_advice(number)}"
+                                     ) from error  # fmt: skip
+            drawn = backbone.decode_latents(latents).clamp(0, 1)
+            score, terms = _rated(self.rewards[trained], drawn, self._text(trained, rows, problem.device))
+            sums.append(score)
+            parts.append(terms)
+            pictures.append(drawn.cpu())
+        scores = torch.cat(sums)
+        if not bool(scores.isfinite().any()):
+            raise NonFiniteError(
+                f"{trained}, trained, scored no sample after update {number} with a finite number; {_advice(number)}"
+            )
+        by_part = {name: torch.cat([terms[name] for terms in parts]) for name in parts[0]}
+        return Drawn(number, torch.cat(pictures), scores, by_part)
+
+    @torch.no_grad()
+    def judge(self, problem: TrainProblem, drawn: Drawn, before: Sequence[Mapping[str, Any]]) -> Evaluation:
+        """Score by all that was not trained on; warns of scores that are not finite, of a held-out reward that has
+        fallen since the first evaluation while the trained one has risen, and of a trained one that has fallen from its
+        best, all by more than two standard errors. ``before``: the reports of earlier evaluations.
+
+        Raises :class:`ConfigError` for a judge that gives anything but one score each.
+        """
+        trained, *held_out = self.rewards
+        found = {trained: drawn.trained}
+        for name in held_out:
+            found[name] = torch.cat([
+                self.rewards[name].rate(drawn.images[rows].to(problem.device),
+                                        self._text(name, rows, problem.device)).float().cpu()
+                for rows in torch.arange(len(self.prompts)).split(problem.batch)
+            ])  # fmt: skip
+        found |= {name: self._judged(name, drawn.images) for name in self.judges}
+        for name, scores in {**found, **drawn.parts}.items():
+            if lost := int((~scores.isfinite()).sum()):
+                told = f"{name} gave no finite score for {lost} of {len(scores)} samples after update {drawn.number}"
+                warnings.warn(f"{told}; they are left out of its mean.", RuntimeWarning, stacklevel=2)
+        return Evaluation(found, drawn.images, tuple(_fallen(found, before)) if before else (), drawn.parts)
+
+    def _text(self, name: str, rows: Tensor, device: torch.device) -> Condition:
+        text = self.texts[name]
+        return text.index(rows).to(device) if len(text) else text
+
     def _judged(self, name: str, images: Tensor) -> Tensor:
         scores = torch.as_tensor(self.judges[name](images, list(self.prompts))).float().cpu()
         if scores.shape != (len(images),):
@@ -79,56 +150,77 @@ class Gallery:
             )
         return scores
 
-    @torch.no_grad()
-    def evaluate(self, problem: TrainProblem, backbone: Backbone, before: Sequence[Mapping[str, Any]]) -> Evaluation:
-        """Sample ``backbone`` and judge; warns of a held-out reward that has fallen since the first evaluation while
-        the trained one has risen, and of a trained one that has fallen from its best, all by more than two standard
-        errors. ``before``: the reports of earlier evaluations."""
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
-        pictures = []
-        for rows in torch.arange(len(self.prompts)).split(problem.batch):
-            condition = self.conditions.index(rows).to(problem.device)
-            denoiser = Denoiser(backbone, condition, problem.null, problem.guidance_scale)
-            latents = run_sampler(denoiser, self.noise[rows].to(problem.device), problem.sigmas)
-            drawn = backbone.decode_latents(latents).clamp(0, 1)
-            for name, reward in self.rewards.items():
-                text = self.texts[name]
-                chosen = text.index(rows).to(problem.device) if len(text) else text
-                parts[name].append(reward.rate(drawn, chosen).float().cpu())
-            pictures.append(drawn.cpu())
-        images = torch.cat(pictures)
-        found = {name: torch.cat(scores) for name, scores in parts.items()}
-        found |= {name: self._judged(name, images) for name in self.judges}
-        return Evaluation(found, images, tuple(_fallen(found, before)) if before else ())
-
 
 @attrs.frozen(eq=False)
 class Evaluation:
     """Scores ``[P]`` by reward, the trained one first, and the images ``[P, 3, H, W]``; ``fallen`` names the rewards
-    that were warned of."""
+    that were warned of, ``parts`` has the scores of a trained sum's own rewards."""
 
     scores: dict[str, Tensor]
     images: Tensor
     fallen: tuple[str, ...]
+    parts: dict[str, Tensor] = attrs.field(factory=dict)
 
     def report(self, number: int, record: Any) -> dict[str, Any]:
-        """JSON-able: the update, what it had cost, and every reward with its mean and standard error."""
+        """JSON-able: the update, what it had cost, and every reward with its mean and standard error over the finite
+        scores (None where there is none); of a trained sum, its ``parts`` likewise."""
+        listed = {name: _listed(scores) for name, scores in self.scores.items()}
         return {
             "update": number, "seconds": round(record.seconds, 1), "passes": dict(record.passes),
-            "rewards": {name: mean_stderr(scores.tolist()).report() for name, scores in self.scores.items()},
-            "scores": {name: scores.tolist() for name, scores in self.scores.items()},
+            "rewards": {name: _mean(scores) for name, scores in listed.items()}, "scores": listed,
+            **({"parts": {name: _mean(_listed(t)) for name, t in self.parts.items()}} if self.parts else {}),
             "fallen": list(self.fallen),
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
         """A grid of the images."""
         make_folder(path.parent)
-        write_png(path, sheet((self.images[:GRID_IMAGES].clamp(0, 1) * 255).round().byte()))
+        shown = self.images[:GRID_IMAGES].nan_to_num().clamp(0, 1)
+        write_png(path, sheet((shown * 255).round().byte()))
 
 
 def best_of(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The report whose mean of the trained reward is the highest, of equal ones the first."""
     return max(evaluations, key=lambda entry: next(iter(entry["rewards"].values()))["mean"])
+
+
+def _check_held_out(trained: AnyReward, *held_out: AnyReward) -> None:
+    """:class:`ConfigError` for what is trained on as a part of a sum, or sums up what is."""
+    terms = _parts(trained)
+    for reward in held_out:
+        if shared := sorted(set(_parts(reward)) & set(terms)):
+            raise ConfigError(
+                f"held_out_rewards has {name_of(reward)}, but {', '.join(shared)} is trained on "
+                f"({name_of(trained)}). Leave it out: every part of a trained sum is evaluated by itself."
+            )
+
+
+def _parts(reward: AnyReward) -> tuple[str, ...]:
+    return tuple(reward.rewards) if isinstance(reward, JointReward) else (name_of(reward),)
+
+
+def _rated(reward: AnyReward, images: Tensor, text: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+    """``reward.rate`` on the CPU, and what the parts of a sum gave, which it is then made of: each is run once."""
+    if not isinstance(reward, JointReward) or len(reward.rewards) == 1:
+        return reward.rate(images, text).float().cpu(), {}
+    parts = {name: one.rate(images, share_of(text, (name,), unpacked=True)) for name, one in reward.rewards.items()}
+    total = torch.stack([weight * parts[name] for weight, name in zip(reward.weights, parts, strict=True)]).sum(0)
+    return total.float().cpu(), {name: scores.float().cpu() for name, scores in parts.items()}
+
+
+def _advice(number: int) -> str:
+    if number == 0:
+        return "nothing is trained yet, so check the backbone, the reward, steps and guidance_scale."
+    return "the training has diverged: lower the learning rate."
+
+
+def _listed(scores: Tensor) -> list[float | None]:
+    return [score if math.isfinite(score) else None for score in scores.tolist()]
+
+
+def _mean(scores: Scores) -> dict[str, float | None]:
+    finite = [score for score in scores if score is not None]
+    return mean_stderr(finite).report() if finite else {"mean": None, "stderr": None}
 
 
 def _fallen(now: Mapping[str, Tensor], before: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -149,7 +241,12 @@ def _fallen(now: Mapping[str, Tensor], before: Sequence[Mapping[str, Any]]) -> l
     return fallen
 
 
-def _certainty(now: Tensor, then: Sequence[float]) -> float:
-    """The mean change in its standard errors, each prompt beside itself; 0 of a single prompt, which tells nothing."""
-    change = paired_gain(now, then)
+def _certainty(now: Tensor, then: Scores) -> float:
+    """The mean change in its standard errors, each prompt beside itself where it has both scores; 0 of fewer than two
+    prompts, which tell nothing."""
+    pairs = [(score, other) for score, other in zip(_listed(now), then, strict=True)
+             if score is not None and other is not None]  # fmt: skip
+    if len(pairs) < 2:
+        return 0.0
+    change = paired_gain(*zip(*pairs, strict=True))
     return 0.0 if change.stderr is None else change.mean / max(change.stderr, 1e-12)

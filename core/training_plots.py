@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,20 +11,29 @@ from typing import Any
 
 from .plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, open_figure
 
+_NOTHING: Mapping[str, None] = {"mean": None, "stderr": None}
+"""Of a part in an evaluation that knew no parts."""
+
 
 def training_curves(evaluations: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a reward, the trained one first: mean and standard error by seconds of training."""
-    names = list(evaluations[0]["rewards"])
+    """A panel a reward, the trained one first, then its parts where it is a sum: mean and standard error by seconds of
+    training; nothing where an evaluation has no finite score of it."""
+    trained, *held_out = evaluations[0]["rewards"]
+    parts = evaluations[-1].get("parts", {})
+    panels = [("rewards", trained, "trained", BLUE),
+              *(("parts", name, "part of the trained sum", PURPLE) for name in parts),
+              *(("rewards", name, "held out", GREEN) for name in held_out)]  # fmt: skip
     seconds = [entry["seconds"] for entry in evaluations]
-    with open_figure(path, 4 * len(names), 3.2) as figure:
-        for number, name in enumerate(names):
-            axes = figure.add_subplot(1, len(names), number + 1)
-            means = [entry["rewards"][name]["mean"] for entry in evaluations]
-            errors = [entry["rewards"][name]["stderr"] or 0.0 for entry in evaluations]
-            axes.errorbar(seconds, means, errors, color=GREEN if number else BLUE, marker="o", markersize=3, capsize=2)
+    with open_figure(path, 4 * len(panels), 3.2) as figure:
+        for number, (kind, name, role, colour) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), number + 1)
+            found = [entry.get(kind, {}).get(name, _NOTHING) for entry in evaluations]
+            means = [math.nan if each["mean"] is None else each["mean"] for each in found]
+            errors = [each["stderr"] or 0.0 for each in found]
+            axes.errorbar(seconds, means, errors, color=colour, marker="o", markersize=3, capsize=2)
             fell = [n for n, entry in enumerate(evaluations) if name in entry["fallen"]]
             axes.plot([seconds[n] for n in fell], [means[n] for n in fell], "v", color=ORANGE)
-            decorate(axes, f"{name} ({'held out' if number else 'trained'})", "seconds of training", "mean")
+            decorate(axes, f"{name} ({role})", "seconds of training", "mean")
 
 
 def _line_styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
@@ -50,7 +60,8 @@ def comparison_curves(report: Mapping[str, Any], against: str, path: Path) -> No
                     colour, style = lines[row["row"]]
                     for number, curve in enumerate(row["curves"]):
                         label = None if number else row["label"]
-                        axes.plot(curve[against], curve[reward], style, color=colour, label=label, linewidth=1)
+                        means = [math.nan if mean is None else mean for mean in curve[reward]]
+                        axes.plot(curve[against], means, style, color=colour, label=label, linewidth=1)
                 words = "seconds of training" if against == "seconds" else "denoiser passes"
                 decorate(axes, f"{backbone}: {reward}", words, "mean")
                 if place == column == 0:

@@ -98,7 +98,8 @@ class TrainProblem:
 
     ``policy`` is trained; ``old``, for a method that ``needs_old``, follows it; ``reference`` is the frozen backbone,
     whose blocks a value model's head reads. ``conditions`` and ``reward_conditions`` hold one sample a prompt of the
-    whole list. ``sigmas [steps + 1]`` falls to 0. ``batch`` bounds the samples of one network pass; ``gather`` joins
+    whole list. ``sigmas [steps + 1]`` falls to 0. ``finished_only``: no value was given, and ``estimator`` is the clean
+    reward, for the last step alone. ``batch`` bounds the samples of one network pass; ``gather`` joins
     what all processes have of a tensor.
     """
 
@@ -115,6 +116,7 @@ class TrainProblem:
     batch: int = 8
     old: Policy | None = None
     gather: Callable[[Tensor], Tensor] = attrs.field(default=lambda tensor: tensor)
+    finished_only: bool = False
 
     @property
     def steps(self) -> int:
@@ -154,12 +156,19 @@ class TrainProblem:
     def stops(self, window: StopWindow | None) -> range:
         """How many steps an update's rollouts may take: all of them, or any of the window's.
 
-        Raises :class:`ConfigError` for a window that does not lie in ``1 .. steps``.
+        Raises :class:`ConfigError` for a window that does not lie in ``1 .. steps``, and for one that begins before the
+        last step where there is no value to be read there.
         """
         low, high = (self.steps, self.steps) if window is None else window
         if not 1 <= low <= high <= self.steps:
             raise ConfigError(
                 f"stop is [{low}, {high}]; give the first and last of 1 to {self.steps} sampling steps, in order."
+            )
+        if self.finished_only and low < self.steps:
+            raise ConfigError(
+                f"stop is [{low}, {high}], before the last of {self.steps} sampling steps, and no value was given to "
+                "read there: the clean reward rates finished samples alone. Give a value model (--value DIR), ask for "
+                "the reward of the predicted clean sample (--estimator tweedie), or leave stop out."
             )
         return range(low, high + 1)
 

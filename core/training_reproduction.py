@@ -20,7 +20,7 @@ import attrs
 
 from .artefact import CONFIG, saved_identity
 from .backbone import Backbone
-from .comparison import mean_stderr, paired_gain
+from .comparison import mean_stderr
 from .datasets import judges_of
 from .errors import ConfigError, StitchError
 from .examples import GenerationSettings
@@ -272,7 +272,7 @@ def _entry(backbone: str, row: TrainingRow, runs: Sequence[Mapping[str, Any]]) -
         "backbone": backbone, "row": row.name, "label": row.label, "beside": row.beside,
         "seeds": [run["seed"] for run in runs],
         "before": {name: runs[0]["evaluations"][0]["rewards"][name]["mean"] for name in finals[0]},
-        "after": {name: mean_stderr([final[name]["mean"] for final in finals]).report() for name in finals[0]},
+        "after": {name: _mean([final[name]["mean"] for final in finals]) for name in finals[0]},
         "seconds": mean_stderr([run["cost"]["seconds"] for run in runs]).report(),
         "cost": runs[0]["cost"], "trained": next(iter(finals[0])), "curves": curves,
     }  # fmt: skip
@@ -304,9 +304,25 @@ def _gain(
     longest = [end["seconds"] if in_its_time else math.inf for end in last]
     beside = [_evaluation_after(plain[seed], seconds) for seed, seconds in zip(seeds, longest, strict=True)]
     ends = [[evaluation["scores"] for evaluation in of] for of in (last, beside)]
-    means = [{name: [sum(prompt) / len(seeds) for prompt in zip(*(end[name] for end in of), strict=True)]
-              for name in of[0]} for of in ends]  # fmt: skip
-    return {name: paired_gain(means[0][name], means[1][name]).report() for name in means[0]}
+    return {name: _paired(*([end[name] for end in of] for of in ends)) for name in ends[0][0]}
+
+
+def _paired(
+    ours: Sequence[Sequence[float | None]], theirs: Sequence[Sequence[float | None]]
+) -> dict[str, float | None]:
+    """The mean over prompts of our mean score over seeds less theirs; of the seeds of a prompt, those for which both
+    have a score (None: it was not finite)."""
+    gains = []
+    for prompt in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        pairs = [(a, b) for a, b in zip(*prompt, strict=True) if a is not None and b is not None]
+        gains += [sum(a - b for a, b in pairs) / len(pairs)] if pairs else []
+    return _mean(gains)
+
+
+def _mean(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Over what there is; None of nothing."""
+    known = [value for value in values if value is not None]
+    return mean_stderr(known).report() if known else {"mean": None, "stderr": None}
 
 
 def _evaluation_after(run: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:

@@ -25,11 +25,19 @@ def whole_from(lowest: int) -> Validator:
 
 def number_within(low: float, high: float = math.inf) -> Validator:
     """A finite number from ``low`` to ``high``, both allowed."""
+    wanted = "" if low == -math.inf else f" from {low:g} " + ("on" if high == math.inf else f"to {high:g}")
+    return _number(lambda value: low <= value <= high, wanted)
 
+
+def number_above(low: float) -> Validator:
+    """A finite number greater than ``low``."""
+    return _number(lambda value: value > low, f" above {low:g}")
+
+
+def _number(allowed: Callable[[float], bool], wanted: str) -> Validator:
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
-        if not (math.isfinite(number) and low <= number <= high):
-            wanted = "" if low == -math.inf else f" from {low:g} " + ("on" if high == math.inf else f"to {high:g}")
+        if not (math.isfinite(number) and allowed(number)):
             raise ConfigError(f"{attribute.name} is {value!r}; give a finite number{wanted}.")
 
     return check

@@ -75,20 +75,23 @@ def test_a_value_above_the_margin_is_not_raised_further():
     assert not above.any()
 
 
-def test_draft_lv_averages_the_last_step_over_fresh_noise():
-    task, settings = problem(moved=0.05), Draft(renoised=3, regularisation=0.0)
+@pytest.mark.parametrize("stop", [STEPS, 3])
+def test_draft_lv_averages_the_last_step_over_fresh_noise(stop):
+    """Back from where it stopped by one step: ``a z_tau + sqrt(t^2 - a^2 tau^2) eps``, ``a (1 - tau) = 1 - t``."""
+    task, settings = problem(moved=0.05), Draft(renoised=3, regularisation=0.0, stop=(stop, stop))
     rows = rows_of(settings.collect(task, UPDATE))
     losses, _ = settings.loss(task, rows)
-    clean = by_hand(task, STEPS, STEPS, task.noise(rows["seed"]), rows.owners).detach()
-    level = float(task.sigmas[STEPS - 1])
+    ended = by_hand(task, stop, stop, task.noise(rows["seed"]), rows.owners).detach()
+    level, tau = float(task.sigmas[stop - 1]), float(task.sigmas[stop])
+    weight = (1 - level) / (1 - tau)
     expected = torch.zeros(2)
     for n in range(3):
         noise = task.noise(core.spread_seed(rows["seed"], 3)[n::3])
-        z = (1 - level) * clean + level * noise
+        z = weight * ended + (level**2 - weight**2 * tau**2) ** 0.5 * noise
         u = task.policy.backbone.upstream(
             core.NoisyLatent(z, torch.full((2,), level)), task.conditions.index(rows.owners)
         )
-        expected = expected - torch.tanh((z - level * u).flatten(1).mean(1)) / 3
+        expected = expected - torch.tanh((z - (level - tau) * u).flatten(1).mean(1)) / 3
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
     assert_same(gradients(task, losses), gradients(task, expected), 1e-3)
 
@@ -115,6 +118,38 @@ def test_refl_goes_through_the_estimators_own_denoiser_pass():
     for other, window in ((Brightness(), (4, 4)), (Tweedie(reward), (4, 5)), (Tweedie(reward), None)):
         with pytest.raises(core.ConfigError, match="backward_steps is 0"):
             attrs.evolve(settings, stop=window).check(attrs.evolve(task, estimator=other))
+
+
+class Numb(Brightness):
+    """As bright, and without a gradient, as a reward is that reads finished pictures."""
+
+    def __call__(self, latents, sigma, context, prediction=None):
+        return super().__call__(latents.detach(), sigma, context)
+
+
+@pytest.mark.parametrize("settings", [
+    Draft(), Draft(regularisation=0.0), Draft(stop=(2, 3), renoised=2), Draft(backward_steps=None, margin=2.0),
+])  # fmt: skip
+def test_a_value_without_a_gradient_is_an_error_though_the_regularisation_has_one(settings):
+    task = problem(estimator=Numb(), moved=0.05)
+    rows = rows_of(settings.collect(task, UPDATE))
+    with pytest.raises(
+        core.ConfigError, match="the estimator Numb gives a value without one.*train with diffusion-nft"
+    ):
+        settings.loss(task, rows)
+    with torch.no_grad():  # where nobody asks for one
+        assert settings.loss(task, rows)[0].isfinite().all()
+
+
+def test_a_reward_without_a_gradient_is_an_error_of_the_training(tmp_path):
+    reward = families.clip()
+    rate = reward.rate
+    reward.rate = lambda images, condition: rate(images.detach(), condition)  # as of pictures on a disk
+    plan = {"updates": 2, "lora": {"rank": 2, "alpha": 4}, "tracker": None}
+    with pytest.raises(core.ConfigError, match="the estimator Tweedie gives a value without one"):
+        core.train("draft", families.mmdit(), None, ["a red ball"], out=tmp_path, reward=reward, training=plan,
+                   steps=3, progress=False)  # fmt: skip
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
 def kept_for_backward(task: TrainProblem, settings: Draft) -> int:

@@ -106,8 +106,9 @@ def test_truncated_tensors_are_one_clear_error(tmp_path, keep):
     target = tmp_path / "a.safetensors"
     write_tensors(target, {"x": torch.ones(100)})
     target.write_bytes(target.read_bytes()[:keep])
-    with pytest.raises(ArtefactError, match=r"a\.safetensors.*truncated"):
-        read_tensors(target)
+    for read in (read_tensors, read_metadata):
+        with pytest.raises(ArtefactError, match=r"a\.safetensors.*truncated"):
+            read(target)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1', "", "[1, 2]", "\x80"])
@@ -118,6 +119,6 @@ def test_damaged_json_is_one_clear_error(tmp_path, text):
 
 
 def test_missing_files_are_named(tmp_path):
-    for read in (read_json, read_tensors):
+    for read in (read_json, read_tensors, read_metadata):
         with pytest.raises(ArtefactError, match="missing' does not exist"):
             read(tmp_path / "missing")

@@ -105,9 +105,12 @@ def test_off_policy_the_gradient_is_a_numerical_one():
     assert (means[0] - means[1]) / (2 * size) == pytest.approx(norm, rel=0.05)
 
 
-def test_the_distance_from_the_reference_is_that_of_the_steps_means():
-    """``|mean - mean_ref|^2 / (2 s^2)``, a mean over the dimensions; ``s`` is the step's noise in a unit of time."""
-    task, settings = problem(moved=0.05), FlowGrpo(samples_per_prompt=2, kl_weight=0.0)
+@pytest.mark.parametrize("sampler", ["sde", "cps"])
+def test_the_distance_from_the_reference_is_that_of_the_steps_means(sampler):
+    """As released, ``|mean - mean_ref|^2 / (2 s^2)``, a mean over the dimensions: ``s`` of ``sde`` is the noise in a
+    unit of time, ``a sqrt(t / (1 - t))``, that of ``cps`` the step's own, ``t' sin(a pi / 2)``."""
+    task = problem(moved=0.05)
+    settings = FlowGrpo(samples_per_prompt=2, kl_weight=0.0, sampler=sampler, noise_level=0.6)
     rows = rows_of(settings.collect(task, UPDATE))
     plain, _ = settings.loss(task, rows)
     held, figures = attrs.evolve(settings, kl_weight=2.0).loss(task, rows)
@@ -116,8 +119,13 @@ def test_the_distance_from_the_reference_is_that_of_the_steps_means():
     ours, frozen = (
         net.upstream(core.NoisyLatent(x, sigma), condition) for net in (task.policy.backbone, task.reference)
     )
-    s = settings.noise_level * (sigma / (1 - torch.where(sigma == 1, task.sigmas[1], sigma))).sqrt()
-    factor = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+    if sampler == "sde":
+        s = 0.6 * (sigma / (1 - torch.where(sigma == 1, task.sigmas[1], sigma))).sqrt()
+        factor = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+    else:  # (x - t u)(1 - t') + (x + (1 - t) u) sqrt(t'^2 - s^2)
+        after = task.sigmas[steps + 1]
+        s = after * math.sin(0.3 * math.pi)
+        factor = (1 - sigma) * (after.square() - s.square()).sqrt() - sigma * (1 - after)
     expected = (factor**2) * (ours - frozen).square().flatten(1).mean(1) / (2 * s**2)
     torch.testing.assert_close(held - plain, 2 * expected, rtol=2e-3, atol=1e-6)
     assert_same(gradients(task, held - plain), gradients(task, 2 * expected), 5e-3)

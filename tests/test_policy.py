@@ -88,6 +88,14 @@ def test_the_whole_network_can_be_trained_instead():
 def test_targets_that_are_not_there_are_an_error():
     with pytest.raises(core.ConfigError, match="none of the modules to_nowhere"):
         Policy.of(families.mmdit(), LoraSettings(targets=("to_nowhere",)))
+    with pytest.raises(core.ConfigError, match="MMDiTBackbone has none of the modules to_kk .*did you mean to_k\\?"):
+        Policy.of(families.mmdit(), LoraSettings(targets=("to_q", "to_kk")))
+    with pytest.raises(core.ConfigError, match="none of the modules norm1 that a LoRA can adapt"):
+        Policy.of(families.mmdit(), LoraSettings(targets=("norm1",)))
+    adapted = Policy.of(families.mmdit(), LoraSettings(rank=1, targets=("attn.to_q", "to_out.0"))).parameters
+    assert {name.partition(".lora_")[0].rpartition("attn")[2].lstrip("2.") for name in adapted} == {
+        "to_q", "to_out.0",
+    }  # fmt: skip
 
 
 PLAIN = """

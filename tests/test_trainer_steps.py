@@ -114,8 +114,8 @@ class SteepLater(Brightness):
         return value if type(self).calls < 3 else value.detach() + (value - value.detach()).sqrt()
 
 
-def test_a_weight_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
-    with pytest.raises(core.NonFiniteError, match="a weight is not finite after update 2"):
+def test_a_gradient_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    with pytest.raises(core.NonFiniteError, match="the norm of the gradient is nan at update 2; .* after update 2, is"):
         run(Draft(), tmp_path, value=SteepLater())
     kept = state_of(tmp_path)
     assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
@@ -156,18 +156,18 @@ def test_the_best_weights_are_never_ahead_of_the_checkpoint(tmp_path, monkeypatc
     from stitchvm.core.training_evaluation import Gallery
     from stitchvm.core.training_state import TrainingState
 
-    evaluate, numbers = Gallery.evaluate, iter((0.1, 0.2, 0.4, 0.3))
+    judge, numbers = Gallery.judge, iter((0.1, 0.2, 0.4, 0.3))
 
-    def told(self, problem, backbone, before):
-        found = evaluate(self, problem, backbone, before)
+    def told(self, problem, drawn, before):
+        found = judge(self, problem, drawn, before)
         return attrs.evolve(found, scores={name: torch.full((2,), next(numbers)) for name in found.scores})
 
-    monkeypatch.setattr(Gallery, "evaluate", told)
+    monkeypatch.setattr(Gallery, "judge", told)
     save = TrainingState.save
 
     def killed(self, record, write):
         save(self, record, write)
-        if record.updates == 2:
+        if record.updates == record.evaluations[-1]["update"] == 2:
             raise KeyboardInterrupt
 
     common: dict[str, Any] = {"lora": LORA, "prompts_per_update": 2, "checkpoint_every": 5, "tracker": None}

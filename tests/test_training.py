@@ -188,10 +188,10 @@ def test_a_trained_reward_that_falls_from_its_best_is_named():
 
 
 def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
-    evaluate, sampled = Gallery.evaluate, []
+    judge, sampled = Gallery.judge, []
 
-    def told(self, problem, backbone, before):
-        found = evaluate(self, problem, backbone, before)
+    def told(self, problem, drawn, before):
+        found = judge(self, problem, drawn, before)
         trained, *others = found.scores
         sampled.append(averages[0].tensors())
         mean = (0.1, 0.4, 0.2, 0.4)[len(sampled) - 1]
@@ -204,7 +204,7 @@ def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
         averages.append(state.averages)
         return state
 
-    monkeypatch.setattr(Gallery, "evaluate", told)
+    monkeypatch.setattr(Gallery, "judge", told)
     monkeypatch.setattr(TrainingState, "begin", classmethod(begun))
     with pytest.warns(RuntimeWarning, match="trained, fell from what it was after update"):
         run(Draft(), tmp_path, updates=6)

@@ -38,7 +38,7 @@ def train(out: Path, **settings: Any) -> core.TrainResult:
     ({"resolution": 17}, "resolution is 17 pixels; .* needs multiples of"),
     ({"resolution": 0}, "resolution is 0 pixels"),
     ({"resolution": (16, 17)}, "resolution is 16 x 17 pixels"),
-    ({"guidance_scale": -1.0}, "guidance_scale is -1.0; give a number from 0 on"),
+    ({"guidance_scale": -1.0}, "guidance_scale is -1.0; give a finite number from 0 on"),
     ({"training": {**PLAN, "update": 3}}, "unknown key 'update', did you mean 'updates'"),
     ({"training": {**PLAN, "lora": False}}, "lora: expected a table, got False"),
     ({"judges": {"two": lambda images, prompts: 0.5}}, "judge 'two' gave \\[\\] for 3 images; give one score each"),
@@ -61,7 +61,7 @@ def test_settings_of_a_training_out_of_range(settings):
         TrainSettings(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 1.5}, {"targets": "to_q"}])
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 1.5}, {"targets": "to_q"}, {"targets": ()}])
 def test_settings_of_a_lora_out_of_range(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         LoraSettings(**settings)

@@ -47,13 +47,20 @@ def train_and_print(
     columns: dict[str, Mapping[str, Any]] = {"before": first, f"after {record.updates} updates": last}
     if best is not last:
         columns[f"best, after {best['update']} (in {BEST})"] = best
+    rows = [("rewards", name) for name in last["rewards"]]
+    rows[1:1] = [("parts", name) for name in last.get("parts", {})]
     print_table(("reward", *columns), [
-        (name, *(_mean(entry["rewards"][name]) for entry in columns.values())) for name in last["rewards"]
+        (name if kind == "rewards" else f"  of it, {name}", *(_mean(entry, kind, name) for entry in columns.values()))
+        for kind, name in rows
     ])  # fmt: skip
     print_table((method, str(out)), [(name.replace("_", " "), str(entry)) for name, entry in record.cost().items()])
 
 
-def _mean(found: Mapping[str, float | None]) -> str:
+def _mean(entry: Mapping[str, Any], kind: str, name: str) -> str:
+    """Of an evaluation; those of before parts were evaluated have none."""
+    found = entry.get(kind, {}).get(name, {})
+    if found.get("mean") is None:
+        return "no finite score" if found else ""
     return f"{found['mean']:.4g}" + ("" if found["stderr"] is None else f" ± {found['stderr']:.2g}")
 
 
@@ -93,10 +100,16 @@ def train_and_compare(
 def _change(row: dict[str, Any], name: str) -> str:
     after = row["after"][name]
     error = "" if after["stderr"] is None else f" ± {after['stderr']:.2g}"
-    return f"{row['before'][name]:.4g} to {after['mean']:.4g}{error}"
+    return " to ".join(_number(mean) for mean in (row["before"][name], after["mean"])) + error
 
 
-def _signed(gain: dict[str, float]) -> str:
+def _number(mean: float | None) -> str:
+    return "no finite score" if mean is None else f"{mean:.4g}"
+
+
+def _signed(gain: dict[str, float | None]) -> str:
+    if gain["mean"] is None or gain["stderr"] is None:
+        return _number(gain["mean"])
     return f"{gain['mean']:+.4f} ± {gain['stderr']:.4f}"
 
 

@@ -14,9 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stitchvm.core import Experience, Rows, StopWindow, TrainProblem, Update, spread_seed, with_config_errors
+from stitchvm.core import (
+    Experience,
+    Rows,
+    StopWindow,
+    TrainProblem,
+    Update,
+    number_above,
+    spread_seed,
+    whole_from,
+    with_config_errors,
+)
 
 from .anchors import levels_above, noised_again, velocity_errors
+from .training_checks import stop_window
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
@@ -34,10 +45,10 @@ class DiffusionDpo:
 
     needs_old: ClassVar[bool] = False
 
-    samples_per_prompt: int = attrs.field(default=8, validator=attrs.validators.ge(2))
-    stop: StopWindow | None = None
-    levels: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(1)))
-    beta: float = attrs.field(default=2000.0, validator=attrs.validators.gt(0))
+    samples_per_prompt: int = attrs.field(default=8, validator=whole_from(2))
+    stop: StopWindow | None = attrs.field(default=None, validator=stop_window)
+    levels: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_from(1)))
+    beta: float = attrs.field(default=2000.0, validator=number_above(0))
 
     def check(self, problem: TrainProblem) -> None:
         """The stopping window must be one of the sampler's steps."""

@@ -8,7 +8,7 @@ regression is to the anchor ``z_tau`` instead of the clean sample; at ``tau = 0`
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import attrs
 import torch
@@ -21,15 +21,15 @@ from stitchvm.core import (
     StopWindow,
     TrainProblem,
     Update,
+    number_above,
+    number_within,
     spread_seed,
+    whole_from,
     with_config_errors,
 )
 
 from .anchors import levels_above, noised_again, velocity_errors
-
-positive: Any = attrs.validators.gt(0)
-non_negative: Any = attrs.validators.ge(0)
-share: Any = [non_negative, attrs.validators.le(1)]
+from .training_checks import stop_window
 
 SMALLEST_ERROR = 1e-5
 """Below this the self-normalising weight stays as it is, as released."""
@@ -53,19 +53,19 @@ class DiffusionNft:
 
     needs_old: ClassVar[bool] = True
 
-    samples_per_prompt: int = attrs.field(default=24, validator=attrs.validators.ge(2))
-    stop: StopWindow | None = None
-    levels: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(1)))
-    mix_beta: float = attrs.field(default=1.0, validator=positive)
-    kl_weight: float = attrs.field(default=1e-4, validator=non_negative)
-    advantage_clip: float = attrs.field(default=5.0, validator=positive)
-    group_std: bool = False
+    samples_per_prompt: int = attrs.field(default=24, validator=whole_from(2))
+    stop: StopWindow | None = attrs.field(default=None, validator=stop_window)
+    levels: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_from(1)))
+    mix_beta: float = attrs.field(default=1.0, validator=number_above(0))
+    kl_weight: float = attrs.field(default=1e-4, validator=number_within(0))
+    advantage_clip: float = attrs.field(default=5.0, validator=number_above(0))
+    group_std: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
     regression: Literal["self-normalised", "velocity"] = attrs.field(
         default="self-normalised", validator=attrs.validators.in_(("self-normalised", "velocity"))
     )
-    old_decay: float = attrs.field(default=0.5, validator=share)
-    old_decay_rate: float = attrs.field(default=0.001, validator=non_negative)
-    old_decay_start: int = attrs.field(default=0, validator=non_negative)
+    old_decay: float = attrs.field(default=0.5, validator=number_within(0, 1))
+    old_decay_rate: float = attrs.field(default=0.001, validator=number_within(0))
+    old_decay_start: int = attrs.field(default=0, validator=whole_from(0))
 
     def check(self, problem: TrainProblem) -> None:
         """The stopping window must be one of the sampler's steps."""

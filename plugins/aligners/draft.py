@@ -8,6 +8,7 @@ paper's early-stopped form: ``V(z_tau)`` instead of the clean reward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -26,13 +27,16 @@ from stitchvm.core import (
     TrainProblem,
     Update,
     as_sigma,
+    number_within,
     spread,
     spread_seed,
+    whole_from,
     with_config_errors,
 )
 
-non_negative: Any = attrs.validators.ge(0)
-optional_count: Any = attrs.validators.optional(attrs.validators.ge(0))
+from .training_checks import stop_window
+
+optional_count: Any = attrs.validators.optional(whole_from(0))
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
@@ -49,23 +53,23 @@ class Draft:
     gradient, or in the estimator's own pass where none has. ``margin``: lower the loss no further where the value is
     above it (ReFL: 2).
 
-    Raises :class:`ConfigError` for a value out of range, ``renoised`` with other than one backward step, and
-    drawn ``truncation`` of fewer than two.
+    Raises :class:`ConfigError` for a setting out of range, ``renoised`` with other than one backward step, and
+    drawn ``truncation`` of fewer than two; :meth:`loss` for a value without a gradient.
     """
 
     needs_old: ClassVar[bool] = False
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5, "weight_decay": 0.0}
     """The paper's."""
 
-    samples_per_prompt: int = attrs.field(default=1, validator=attrs.validators.ge(1))
-    stop: StopWindow | None = None
+    samples_per_prompt: int = attrs.field(default=1, validator=whole_from(1))
+    stop: StopWindow | None = attrs.field(default=None, validator=stop_window)
     backward_steps: int | None = attrs.field(default=1, validator=optional_count)
     truncation: Literal["fixed", "random", "gaussian"] = attrs.field(
         default="fixed", validator=attrs.validators.in_(("fixed", "random", "gaussian"))
     )
-    renoised: int = attrs.field(default=0, validator=non_negative)
-    regularisation: float = attrs.field(default=0.01, validator=non_negative)
-    margin: float | None = None
+    renoised: int = attrs.field(default=0, validator=whole_from(0))
+    regularisation: float = attrs.field(default=0.01, validator=number_within(0))
+    margin: float | None = attrs.field(default=None, validator=attrs.validators.optional(number_within(-math.inf)))
 
     def __attrs_post_init__(self) -> None:
         if self.renoised and self.backward_steps != 1:
@@ -132,6 +136,7 @@ class Draft:
             prediction = context.denoiser(latents, level)
             distance = prediction.distance(problem.reference_prediction(latents, level, owners))
         value = problem.estimator(latents, level, context, prediction)
+        _check_differentiable(value, problem.estimator)
         gain = -value if self.margin is None else F.relu(self.margin - value)
         return gain + self.regularisation * distance, value, distance
 
@@ -149,6 +154,19 @@ class Draft:
 
     def updated(self, problem: TrainProblem, number: int) -> None:
         """Nothing is left to do."""
+
+
+def _check_differentiable(value: Tensor, estimator: object) -> None:
+    """:class:`ConfigError` for a value that tells the policy nothing: the regularisation alone would go on to give the
+    loss a graph."""
+    if value.requires_grad or not torch.is_grad_enabled():
+        return
+    name = getattr(estimator, "__name__", type(estimator).__name__)
+    raise ConfigError(
+        f"draft climbs the value's gradient, and the estimator {name} gives a value without one; give an estimator and "
+        "a reward that are differentiable in the latents, or train with diffusion-nft, diffusion-dpo or flow-grpo, "
+        "which need no gradient."
+    )
 
 
 def _step(

@@ -26,11 +26,13 @@ from stitchvm.core import (
     Transition,
     Update,
     as_sigma,
+    number_above,
+    number_within,
+    whole_from,
     with_config_errors,
 )
 
-positive: Any = attrs.validators.gt(0)
-non_negative: Any = attrs.validators.ge(0)
+from .training_checks import stop_window, two_steps
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
@@ -43,30 +45,40 @@ class FlowGrpo:
     anywhere). ``branch``: the samples of a prompt are one until the window (Flow-GRPO-Fast as published; as released
     since, it is a ``cps`` window of 3 without). ``stop`` as for the other methods. ``clip_range``: of the ratio (fast:
     1e-5). ``advantage_clip``, ``group_std``: as for ``diffusion-nft``.
-    ``kl_weight``: of the steps' distance from the frozen backbone's (fast: 0). ``ratio_bound``: a step whose ratio lies
-    beyond this factor is left out and counted as ``exploded``.
+    ``kl_weight``: of the steps' distance from the frozen backbone's (fast: 0). ``ratio_bound``: a step whose ratio or
+    its inverse lies beyond it, or is no number, is left out and counted as ``exploded``. Log-probabilities are means
+    over a latent's numbers, so that a ratio stays near 1: this guards against one that is not finite and a policy that
+    has diverged; ``clip_range`` bounds an update.
 
     Raises :class:`ConfigError` for a value out of range.
     """
 
     needs_old: ClassVar[bool] = False
+    training_defaults: ClassVar[dict[str, Any]] = {"inner_updates": 2}
+    """Two optimiser steps on what was collected, as released (there each on half of the samples, here on all). Every
+    ratio is 1 at the first: with that alone, ``clip_range`` and ``ratio_bound`` would never act."""
 
-    samples_per_prompt: int = attrs.field(default=24, validator=attrs.validators.ge(2))
+    samples_per_prompt: int = attrs.field(default=24, validator=whole_from(2))
     sampler: Literal["sde", "cps"] = attrs.field(default="sde", validator=attrs.validators.in_(("sde", "cps")))
-    noise_level: float = attrs.field(default=0.7, validator=positive)
-    window_size: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(1)))
-    window_range: tuple[int, int] | None = None
-    branch: bool = False
-    stop: StopWindow | None = None
-    clip_range: float = attrs.field(default=1e-4, validator=positive)
-    advantage_clip: float = attrs.field(default=5.0, validator=positive)
-    group_std: bool = False
-    kl_weight: float = attrs.field(default=0.04, validator=non_negative)
-    ratio_bound: float = attrs.field(default=10.0, validator=attrs.validators.gt(1))
+    noise_level: float = attrs.field(default=0.7, validator=number_above(0))
+    window_size: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_from(1)))
+    window_range: tuple[int, int] | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(two_steps("a window's first step and the one after its last", (0, 5))),
+    )
+    branch: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    stop: StopWindow | None = attrs.field(default=None, validator=stop_window)
+    clip_range: float = attrs.field(default=1e-4, validator=number_above(0))
+    advantage_clip: float = attrs.field(default=5.0, validator=number_above(0))
+    group_std: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    kl_weight: float = attrs.field(default=0.04, validator=number_within(0))
+    ratio_bound: float = attrs.field(default=10.0, validator=number_above(1))
 
     def __attrs_post_init__(self) -> None:
         if self.window_range is not None and self.window_size is None:
             raise ConfigError("window_range is where a window of window_size steps may lie; give window_size too.")
+        if self.sampler == "cps" and self.noise_level > 1:
+            raise ConfigError(f"noise_level is {self.noise_level}; give a cps sampler a number above 0, at most 1.")
 
     def kernel(self) -> Kernel:
         """What draws in the window."""
@@ -167,12 +179,17 @@ class FlowGrpo:
             with torch.no_grad():
                 frozen = self.transition(problem, before, steps, rows.owners, frozen=True)
             apart = (transition.mean - frozen.mean).square().flatten(1).mean(1)
-            # released without the step's length: over the variance of a unit of time
-            length = problem.sigmas[steps] - problem.sigmas[steps + 1]
-            divergence = apart * length / (2 * transition.std.square())
+            divergence = apart / (2 * self._released_std(problem, transition, steps).square())
             losses = losses + self.kl_weight * divergence
             figures["divergence"] = float(divergence.detach().mean())
         return losses, figures
+
+    def _released_std(self, problem: TrainProblem, transition: Transition, steps: Tensor) -> Tensor:
+        """``[B]``: what the release calls ``std_dev_t`` and divides distances by. ``sde``: the noise of a unit of time,
+        without the step's length; ``cps``: the step's own."""
+        if self.sampler == "cps":
+            return transition.std
+        return transition.std / (problem.sigmas[steps] - problem.sigmas[steps + 1]).sqrt()
 
     def updated(self, problem: TrainProblem, number: int) -> None:
         """Nothing is left to do."""
