@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .costs import CostMeter
 from .errors import ConfigError
 from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
 from .joint import AnyReward, GivenReward, JointReward, load_judge
+from .latent_space import misfit
 from .loading import load_aligner, load_backbone, name_of
 from .lora import with_lora
 from .monte_carlo import MonteCarlo
@@ -27,7 +28,7 @@ from .particles import initial_noise, step_generators
 from .problem import Aligner, AlignProblem
 from .provenance import network_identity, sampled_identity, weights_digest
 from .reuse import BegunPasses
-from .sampling import Denoiser, chosen_guidance
+from .sampling import Denoiser, guided
 from .structuring import plain, structure, with_config_errors
 from .validators import whole_from
 from .value import StitchedValue
@@ -47,6 +48,7 @@ def align(
     seed: int = 0,
     steps: int = 28,
     guidance_scale: float | None = None,
+    embedded_guidance: float | None = None,
     negative_prompt: str | None = None,
     resolution: int | tuple[int, int] | None = None,
     reward: GivenReward | None = None,
@@ -61,27 +63,30 @@ def align(
 
     ``method``: a registered name (``sample``, ``best-of-n``, ``fk-steering``, ``dps`` ..) with its own ``settings`` as
     further keywords, or a ready object. ``value``: what steers it, a stitched value model (or the folder of one),
-    ``"tweedie"`` or ``"monte-carlo"`` (with ``reward``), any estimator, or None for a method that needs none.
+    ``"tweedie"`` or ``"monte-carlo"`` (with ``reward``), any estimator, or None for a method that needs none. A value
+    model of another backbone steers too where both have the same latents, by its own backbone's blocks.
     ``reward``: what picks each prompt's best particle, the value's own by default; the sum of several names, or of
     their weights by name (``{"hpsv2": 1, "clip-vit-l-14": 0.5}``).
     ``lora``: the folder of one that the backbone samples with (:func:`~stitchvm.core.train` writes such); a value
-    model's head goes on reading the backbone without it. ``guidance_scale`` of
-    classifier-free guidance: 3, or 1 for a backbone whose own embedded guidance needs no second pass;
-    ``negative_prompt``: what it leads away from, the empty prompt when None. ``particles`` a
-    prompt and ``proposals`` a particle, where the method draws them (default: the method's). ``batch`` bounds the
-    samples of one network pass and changes nothing else. ``reuse``: a denoising step finishes the pass that the value
-    model's head has begun at the same latent, if any. ``resolution`` in pixels, one number or height and width; the
-    backbone's own by default.
+    model's head goes on reading the backbone without it. ``guidance_scale`` of classifier-free guidance: 3, or 1, which
+    is none, for a distilled backbone, which takes no other; ``negative_prompt``: what it leads away from, the empty
+    prompt when None. ``embedded_guidance``: the scale that a distilled backbone reads beside its time (FLUX), its own
+    when None; a value model's head goes on reading the one that it was stitched at. ``particles`` a prompt and
+    ``proposals`` a particle, where the method draws them (default: the method's). ``batch`` bounds the samples of one
+    network pass and changes nothing else. ``reuse``: a denoising step finishes the pass that the value model's head has
+    begun at the same latent, if any. ``resolution`` in pixels, one number or height and width; the backbone's own by
+    default.
 
     Particle ``n`` of a prompt starts from the same noise under every method with the same ``seed``, so gains can be
     paired. With ``out`` every finished prompt is kept there, a rerun with the same settings continues, and the result
     is saved at the end.
 
     Raises ``UnknownNameError``, ``WeightsError`` for a LoRA of another network, :class:`ConfigError` for a setting that
-    is unknown or out of range or that differs from those of the run to continue, ``OutputError`` when ``out`` cannot be
-    written, ``NonFiniteError`` when sampling diverges.
+    is unknown or out of range or that differs from those of the run to continue, and for a value model that cannot read
+    the backbone's latents, ``ArtefactError`` for a folder without one, ``OutputError`` when ``out`` cannot be written,
+    ``NonFiniteError`` when sampling diverges.
     """
-    network = load_backbone(backbone)
+    network, scale = guided(load_backbone(backbone), guidance_scale, embedded_guidance)
     estimator, judge = resolve_value(value, reward, network, seed)
     if lora is not None:
         network = with_lora(network, lora)
@@ -93,7 +98,7 @@ def align(
         name=method if isinstance(method, str) else type(method).__name__, method=aligner, backbone=network,
         estimator=estimator, reward=judge, prompts=checked_prompts(prompts),
         particles=aligner.default_particles if particles is None else particles, seed=seed, steps=steps,
-        guidance_scale=chosen_guidance(network, guidance_scale), batch=batch,
+        guidance_scale=scale, batch=batch,
         reuse=reuse, lora=None if lora is None else str(lora), negative_prompt=negative_prompt,
         resolution=network.native_resolution if resolution is None else resolution,
     )  # fmt: skip
@@ -135,7 +140,7 @@ def _guiding(job: _Job, attribute: attrs.Attribute[str | None], negative_prompt:
     if job.guidance_scale == 1:
         raise ConfigError(
             f"negative_prompt is {negative_prompt!r}, but only classifier-free guidance reads it, and there is none "
-            "where guidance_scale is 1 or embedded in the network (FLUX); give another scale, or leave it out."
+            "where guidance_scale is 1, as it is for a distilled network (FLUX); give another scale, or leave it out."
         )
 
 
@@ -152,7 +157,7 @@ class _Job:
     particles: int = attrs.field(validator=whole_from(1))
     seed: int = attrs.field(validator=whole_from(0))
     steps: int = attrs.field(validator=whole_from(1))
-    guidance_scale: float = attrs.field(validator=attrs.validators.ge(0))
+    guidance_scale: float
     resolution: Size = attrs.field(validator=_divisible)
     batch: int = attrs.field(validator=whole_from(1))
     reuse: bool = True
@@ -249,12 +254,17 @@ def resolve_method(method: Any, settings: dict[str, Any]) -> Any:
 def resolve_value(
     value: Value, reward: GivenReward | None, backbone: Backbone, seed: int
 ) -> tuple[Estimator | None, AnyReward]:
-    """The estimator, whose own noise if any is of ``seed``, and the clean reward: the value's own unless given."""
+    """The estimator, whose own noise if any is of ``seed``, and the clean reward: the value's own unless given.
+
+    Raises :class:`ConfigError` for a value that cannot read the backbone's latents, one without a reward, and one of
+    another reward than the given; ``ArtefactError`` for a folder without a value model that can be loaded.
+    """
     given = None if reward is None else load_judge(reward, backbone.device)
     named = _NAMED.get(value) if isinstance(value, str) else None
     if isinstance(value, (str, Path)) and named is None:
-        value = StitchedValue.from_pretrained(value, backbone=backbone, device=backbone.device)
+        value = StitchedValue.from_pretrained(value, steers=backbone, device=backbone.device)
     estimator: Any = Stitched(value) if isinstance(value, StitchedValue) else None if named else value
+    check_latents(estimator, backbone)
     own = _own_reward(estimator)
     if given is None and own is None:
         raise ConfigError("no reward to choose the best sample by; pass reward=, a name from 'stitchvm list'.")
@@ -266,6 +276,30 @@ def resolve_value(
     final = given if given is not None else own
     assert final is not None
     return (named(final, seed) if named else estimator), final
+
+
+def check_latents(estimator: Any, backbone: Backbone) -> None:
+    """:class:`ConfigError` where a stitched value of ``estimator`` cannot read the latents that ``backbone`` samples.
+
+    ``WeightsError`` where the autoencoder that it was stitched over cannot be opened to be compared.
+    """
+    for value in _stitched_in(estimator):
+        source = value.head.part
+        assert isinstance(source, Backbone)
+        if reason := misfit(source, backbone, value.prompted):
+            raise ConfigError(
+                f"the value model of {', '.join(value.names)} was stitched to {name_of(source)} and cannot read the "
+                f"samples of {name_of(backbone)}: {reason}. Stitch one to {name_of(backbone)}, or sample with "
+                f"{name_of(source)}."
+            )
+
+
+def _stitched_in(estimator: Any) -> Iterator[StitchedValue]:
+    if isinstance(estimator, Stitched):
+        yield estimator.value
+    elif isinstance(estimator, Sum):
+        for part in estimator.estimators:
+            yield from _stitched_in(part)
 
 
 def _own_reward(estimator: Any) -> AnyReward | None:
@@ -300,8 +334,10 @@ def estimator_identity(estimator: Estimator | None) -> Any:
         return None
     if isinstance(estimator, Stitched):
         value = estimator.value
-        # without taps what it was before there were any, so that runs of then go on
-        cuts = attrs.asdict(value.interface()) | ({"taps": list(value.head.taps)} if value.head.taps else {})
+        part, taps = value.head.part, value.head.taps
+        # without taps and at its own guidance what it was before either was told, so that runs of then go on
+        cuts = attrs.asdict(value.interface()) | ({"taps": list(taps)} if taps else {})
+        cuts |= {} if part.guidance == part.own_guidance else {"guidance": part.guidance}
         return {"name": "Stitched", "rewards": list(value.names), **cuts, "weights": weights_digest(value.branches)}
     if isinstance(estimator, Sum):
         return {

@@ -17,14 +17,15 @@ import torch
 
 from .backbone import Backbone
 from .conditions import Condition
-from .errors import ArtefactError
+from .devices import default_device
+from .errors import ArtefactError, ConfigError, SliceError, StitchError
 from .files import make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from .joint import sum_name
 from .layer import StitchingLayer
 from .loading import load_backbone, load_reward, name_of
 from .provenance import model_identity, versions, weights_digest
 from .reward import Reward, Tail
-from .slicing import Head
+from .slicing import LATENT, Head
 
 if TYPE_CHECKING:
     from .value import StitchedValue
@@ -78,8 +79,9 @@ def config_of(value: StitchedValue) -> dict[str, Any]:
             "positions": branch.tail.positions, "channels": branch.layer.linear.in_channels,
             "width": branch.layer.linear.out_channels,
         })  # fmt: skip
+    embedded = {} if backbone.guidance is None else {"guidance": backbone.guidance}
     return {
-        "library": "stitchvm", "format": FORMAT, "backbone": model_identity(backbone),
+        "library": "stitchvm", "format": FORMAT, "backbone": model_identity(backbone), **embedded,
         "latent_channels": backbone.latent_channels, "fingerprint": weights_digest(value.head.part.net),
         "i": value.head.cut, "taps": list(value.head.taps), "head_reads": _PROMPT if value.prompted else _NULL,
         "stitches": rewards, "versions": versions(), **attrs.asdict(value.provenance),
@@ -123,15 +125,22 @@ def load(
     *,
     backbone: str | Backbone | None = None,
     allow_other_backbone: bool = False,
+    steers: Backbone | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Value:
     """Read an artefact; ``backbone`` (an object or a name) replaces the recorded one, and ``dtype`` the precision of
     whatever is read here: a backbone given as an object keeps its own, and everything is on its ``device`` by default.
+    ``steers``, instead, is the backbone whose samples are to be read: the value shares its blocks where it was stitched
+    to them, and otherwise has those of the recorded backbone. The head reads the embedded guidance (FLUX) that it was
+    stitched at, or the backbone's own where the artefact is too old to say.
 
     Raises ``ArtefactError`` for a missing, truncated or foreign artefact, or when the backbone's head is not the one
     it was stitched to: then ``allow_other_backbone`` accepts any with the same number of latent channels.
+    :class:`ConfigError` for both ``backbone`` and ``steers``.
     """
+    if backbone is not None and steers is not None:
+        raise ConfigError("backbone says which network the head is of, steers has that found out; give one of them.")
     config = read_json(folder / CONFIG)
     if config.get("library") != "stitchvm" or config.get("format") != FORMAT:
         raise ArtefactError(
@@ -140,8 +149,15 @@ def load(
         )
     tensors = read_tensors(folder / WEIGHTS)
     if device is None:
-        device = backbone.device if isinstance(backbone, Backbone) else "cpu"
-    network = load_backbone(backbone or config["backbone"]["name"], cut=config["i"], device=device, dtype=dtype)
+        there = steers or backbone
+        device = there.device if isinstance(there, Backbone) else default_device()
+    if steers is None:
+        network = load_backbone(backbone or config["backbone"]["name"], cut=config["i"], device=device, dtype=dtype)
+    else:
+        network = _read_beside(steers, config, folder, device, dtype)
+    _check_channels(network, config, folder)
+    if network.guidance is not None:
+        network = network.with_embedded_guidance(config.get("guidance"))
     head = Head(network, config["i"], config.get("taps", ()))
     _check_head(head, network, config, folder, allow_other_backbone)
     rewards = {entry["name"]: load_reward(entry["name"], device=device) for entry in config["stitches"]}
@@ -171,19 +187,51 @@ def _branch(reward: Reward, entry: dict[str, Any]) -> Any:
     return Branch(layer, Tail(reward, entry["j"], prefix, positions=entry["positions"]))
 
 
-def _check_head(head: Head, backbone: Backbone, config: dict[str, Any], folder: Path, allow_other: bool) -> None:
-    if weights_digest(head.part.net) == config["fingerprint"]:
-        return
+def _is_stitched_to(backbone: Backbone, config: dict[str, Any]) -> bool:
+    """Whether the saved head is of this backbone: by its weights, or, where it has none, by the model's name."""
+    if config["i"] == LATENT:
+        return model_identity(backbone) == config["backbone"]
+    try:
+        head = Head(backbone, config["i"], config.get("taps", ()))
+    except SliceError:  # it has no such block
+        return False
+    return weights_digest(head.part.net) == config["fingerprint"]
+
+
+def _read_beside(
+    steers: Backbone, config: dict[str, Any], folder: Path, device: str | torch.device, dtype: torch.dtype | None
+) -> Backbone:
+    """What the head is cut from to read the samples of ``steers``: that one, or the backbone it was stitched to."""
+    _check_channels(steers, config, folder)
+    if _is_stitched_to(steers, config):
+        return steers
+    wanted = config["backbone"]["name"]
+    try:
+        return load_backbone(wanted, cut=config["i"], device=device, dtype=dtype)
+    except StitchError as error:
+        raise ArtefactError(
+            f"{str(folder)!r} was stitched to {wanted!r}, not to {name_of(steers)!r}, whose samples it is to read, and "
+            f"{wanted!r} cannot be loaded: {error}"
+        ) from error
+
+
+def _check_channels(backbone: Backbone, config: dict[str, Any], folder: Path) -> None:
     asked, wanted = name_of(backbone), config["backbone"]["name"]
     if backbone.latent_channels != config["latent_channels"]:
         raise ArtefactError(
             f"{str(folder)!r} was stitched to {wanted!r}, whose latents have {config['latent_channels']} channels; "
             f"{asked!r} has {backbone.latent_channels}. Use {wanted!r}."
         )
+
+
+def _check_head(head: Head, backbone: Backbone, config: dict[str, Any], folder: Path, allow_other: bool) -> None:
+    if weights_digest(head.part.net) == config["fingerprint"]:
+        return
     if not allow_other:
         raise ArtefactError(
-            f"{str(folder)!r} was stitched to {wanted!r}, and the weights of {asked!r} are not those. "
-            "Use that backbone, or pass allow_other_backbone=True if you know that its features agree."
+            f"{str(folder)!r} was stitched to {config['backbone']['name']!r}, and the weights of {name_of(backbone)!r} "
+            "are not those. Use that backbone, or load the value by StitchedValue.from_pretrained(folder, "
+            "backbone=.., allow_other_backbone=True) if you know that its features agree."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -14,6 +15,7 @@ from torch import Tensor
 from .conditions import Condition, concatenate
 from .costs import count
 from .errors import ConfigError, SliceError
+from .loading import name_of
 from .paths import Path, Prediction, PredictionKind, as_sigma
 from .records import BackboneRecord
 from .reuse import BegunPass
@@ -37,7 +39,8 @@ class Backbone(Sliced):
     ``Sliced``. The VAE and the text encoders are loaded on first use, so that a head alone never reads them. A stem
     takes a condition of one sample or of as many as there are latents (``condition.tensors_for(batch)``).
     ``guided_passes`` of the network make one guided step: two, with the prompt and without, unless it was distilled to
-    need one; ``guidance`` is the scale that such a network reads beside its time, if it reads one.
+    need one; ``guidance`` is the scale that such a network reads beside its time, if it reads one: the *embedded*
+    guidance, which is no scale of classifier-free guidance (:func:`~stitchvm.core.sampling.chosen_guidance`).
 
     A family that takes loaded ``pipelines`` also says how their latents relate to its own: ``pipeline_sigmas`` and,
     where they look different, ``from_pipeline_latents`` and ``to_pipeline_latents``, which are linear in the latents.
@@ -45,6 +48,8 @@ class Backbone(Sliced):
 
     guided_passes: ClassVar[int] = 2
     guidance: float | None = None
+    _loaded_at: float | None = None
+    _pruned_on = torch.device("cpu")
     component: ClassVar[str] = "transformer"
     """What diffusers' pipelines call the network, and its LoRA files begin their names with."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -75,6 +80,12 @@ class Backbone(Sliced):
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents to images ``[B, 3, H, W]``, differentiable, nominally in [0, 1] and not clamped."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors; a part that has none, cut at the latents, is where it was cut."""
+        first = next(self.net.parameters(), None)
+        return self._pruned_on if first is None else first.device
 
     def input_grid(self, x: NoisyLatent) -> Tensor:
         return x.latents
@@ -152,20 +163,51 @@ class Backbone(Sliced):
         head.companions = network.companions
         return head
 
+    def prune(self, start: int, stop: int, *, enter: bool = False) -> Self:
+        """As in ``Sliced``. A part of a network without a record takes the companions along, opened or not: they could
+        not be opened anew, should :func:`~stitchvm.core.latent_space.misfit` need them."""
+        part = super().prune(start, stop, enter=enter)
+        part._pruned_on = self.device
+        if self.record is None:
+            part.companions = self.companions
+        return part
+
+    # -- embedded guidance --------------------------------------------------------------------------------------------
+
+    @property
+    def own_guidance(self) -> float | None:
+        """The embedded guidance that the network was loaded at, whatever it reads now; None if it reads none."""
+        return self.guidance if self._loaded_at is None else self._loaded_at
+
+    def with_embedded_guidance(self, scale: float | None) -> Self:
+        """The backbone reading the guidance ``scale`` beside its time (None: its own): a copy that shares all tensors.
+
+        Raises :class:`ConfigError` for a network that reads none, and a scale that is no finite number from 0 on.
+        """
+        if scale is None:
+            scale = self.own_guidance
+        elif self.guidance is None:
+            raise ConfigError(
+                f"{name_of(self)} has no embedded guidance to be set to {scale}; leave it out. guidance_scale is that "
+                "of classifier-free guidance."
+            )
+        if scale == self.guidance:
+            return self
+        twin = copy.copy(self)
+        twin.guidance, twin._loaded_at = float(checked_scale("the embedded guidance", scale)), self.own_guidance
+        return twin
+
     # -- beside a pipeline --------------------------------------------------------------------------------------------
 
     def at_guidance(self, scale: float) -> tuple[Self, float]:
         """The backbone and the scale of classifier-free guidance that agree with a pipeline's ``guidance_scale``.
 
-        A distilled network reads ``scale`` itself, if it reads any, and needs no second pass: a copy that shares all
-        tensors, and 1. Other pipelines guide above 1 alone.
+        A distilled network reads ``scale`` itself, if it reads any (:meth:`with_embedded_guidance`), and needs no
+        second pass: 1. Other pipelines guide above 1 alone.
         """
         if self.guided_passes > 1:
             return self, max(scale, 1.0)
-        twin = copy.copy(self)
-        if self.guidance is not None:
-            twin.guidance = float(scale)
-        return twin, 1.0
+        return self if self.guidance is None else self.with_embedded_guidance(scale), 1.0
 
     def pipeline_sigmas(self, pipeline: Any) -> Tensor:
         """``[steps + 1]`` noise levels of a running call: of the latents before each of its timesteps, and after the
@@ -189,3 +231,10 @@ class Backbone(Sliced):
     def to_pipeline_latents(self, pipeline: Any, latents: Tensor, sigma: float) -> Tensor:
         """The inverse of :meth:`from_pipeline_latents`."""
         return latents
+
+
+def checked_scale(what: str, scale: float | None) -> float:
+    """A guidance scale; :class:`ConfigError`, which calls it ``what``, for anything but a finite number from 0 on."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+        raise ConfigError(f"{what} is {scale!r}; give a finite number from 0 on.")
+    return scale

@@ -9,7 +9,6 @@ up to that of the ODE.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .alignment import estimator_identity
+from .alignment import check_latents, checked_prompts, estimator_identity, latent_size, prompts_digest
 from .backbone import Backbone
 from .comparison import mean_stderr
 from .datasets import Judge
@@ -30,9 +29,9 @@ from .gradients import Gradients, compare_gradients, per_latent
 from .joint import AnyReward, GivenReward, load_judge
 from .kernels import Ancestral, Kernel, Ode
 from .loading import load_backbone
-from .provenance import network_identity, versions
+from .provenance import network_identity, sampled_identity, versions
 from .ranking import SIGMAS, Ranking, Trajectories, differing
-from .sampling import chosen_guidance
+from .sampling import chosen_guidance, guided
 from .validators import whole_from
 
 Figure = tuple[float | None, float | None]
@@ -46,7 +45,10 @@ def _levels(instance: object, attribute: attrs.Attribute[Any], value: tuple[floa
 
 @attrs.frozen(kw_only=True)
 class DiagnosisSettings:
-    """How much is measured, see :func:`diagnose`; raises :class:`ConfigError` for a number out of its range."""
+    """How much is measured, see :func:`diagnose`; all but ``batch`` decides the result.
+
+    Raises :class:`ConfigError` for a number out of its range.
+    """
 
     seeds: int = attrs.field(default=12, validator=whole_from(2))
     steps: int = attrs.field(default=28, validator=whole_from(1))
@@ -57,8 +59,9 @@ class DiagnosisSettings:
     gradient_prompts: int = attrs.field(default=4, validator=whole_from(1))
     gradient_seeds: int = attrs.field(default=2, validator=whole_from(1))
     rollout_steps: int = attrs.field(default=8, validator=whole_from(1))
-    resolution: int | None = None
+    resolution: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_from(1)))
     seed: int = attrs.field(default=0, validator=whole_from(0))
+    batch: int = attrs.field(default=64, validator=whole_from(1))
 
 
 @attrs.frozen(eq=False)
@@ -131,6 +134,7 @@ def diagnose(
     seeds: int = 12,
     steps: int = 28,
     guidance_scale: float | None = None,
+    embedded_guidance: float | None = None,
     sigmas: Sequence[float] = SIGMAS,
     gradients: bool = True,
     gradient_rollouts: int = 64,
@@ -153,25 +157,28 @@ def diagnose(
     first ``gradient_prompts`` prompts, with that of a Monte Carlo estimate of ``gradient_rollouts`` rollouts of
     ``rollout_steps`` steps, whose noise no estimator sees. These rollouts run under ``rollout_kernel`` whatever
     ``kernel``: by default ``Ancestral()``, which samples ``p(z0 | z_t)`` and has its mean right at any number of steps
-    where the denoiser is linear; under the ODE all rollouts from one ``z_t`` are the same. ``guidance_scale`` of
-    classifier-free guidance: 3, or 1 for a distilled backbone. ``batch`` bounds the samples of one network pass and
-    changes nothing else; a gradient through a rollout keeps the graphs of all its steps. ``judges`` of the finished
-    pictures, such as a detector, are measured beside: a value may foresee the reward and not what it stands for. What
-    an interrupted diagnosis has read is kept in the folder ``work``, where one with the same settings goes on.
+    where the denoiser is linear; under the ODE all rollouts from one ``z_t`` are the same. ``guidance_scale`` and
+    ``embedded_guidance`` as in :func:`~stitchvm.core.align`; ``resolution`` in pixels, the backbone's own by default.
+    ``batch`` bounds the samples of one network pass and changes nothing else; a gradient through a rollout keeps the
+    graphs of all its steps. ``judges`` of the finished pictures, such as a detector, are measured beside: a value may
+    foresee the reward and not what it stands for. What an interrupted diagnosis has read is kept in the folder
+    ``work``, where one with the same settings goes on.
 
-    Raises :class:`ConfigError` for no prompt or estimator, a setting out of its range, rewards that are all the same
-    within each prompt or an estimator without a gradient, and :class:`NonFiniteError` for a value, reward or gradient
-    that is not finite.
+    Raises :class:`ConfigError` for no prompt or estimator, a setting out of its range, a value model that cannot read
+    the backbone's latents, rewards that are all the same within each prompt or an estimator without a gradient, and
+    :class:`NonFiniteError` for a value, reward or gradient that is not finite.
     """
-    network = load_backbone(backbone)
+    network, _ = guided(load_backbone(backbone), guidance_scale, embedded_guidance)
     judge = load_judge(reward, network.device)
     settings = DiagnosisSettings(
         seeds=seeds, steps=steps, guidance_scale=guidance_scale, sigmas=tuple(sigmas), gradients=gradients,
         gradient_rollouts=gradient_rollouts, gradient_prompts=gradient_prompts, gradient_seeds=gradient_seeds,
-        rollout_steps=rollout_steps, resolution=resolution, seed=seed,
+        rollout_steps=rollout_steps, resolution=resolution, seed=seed, batch=batch,
     )  # fmt: skip
     kernel, rollout_kernel, judges = kernel or Ode(), rollout_kernel or Ancestral(), judges or {}
     known = diagnosis_settings(network, estimators, judge, prompts, settings, kernel, rollout_kernel, tuple(judges))
+    for estimator in estimators.values():
+        check_latents(estimator, network)
     trajectories = Trajectories(
         backbone=network, reward=judge, prompts=tuple(prompts), seeds=seeds, steps=steps, sigmas=settings.sigmas,
         guidance_scale=known["guidance_scale"], resolution=resolution, seed=seed, batch=batch, kernel=kernel,
@@ -200,23 +207,30 @@ def diagnosis_settings(
 ) -> dict[str, Any]:
     """All that decides a diagnosis, JSON-able: what a result to be kept must share.
 
-    Raises :class:`ConfigError` for no estimator or prompts that are no list.
+    Raises :class:`ConfigError` for no estimator, prompts that are no list of strings, and what the backbone cannot
+    sample: a resolution, or a guidance scale.
     """
     if not estimators:
         raise ConfigError(
             "diagnose: no estimators were given; name at least one, such as {'tweedie': Tweedie(reward)}."
         )
-    if isinstance(prompts, str):
-        raise ConfigError(f"diagnose: prompts must be a list of strings, got {prompts!r}.")
-    scale = chosen_guidance(backbone, settings.guidance_scale)
-    models = {name: network_identity(network) for name, network in (("backbone", backbone), ("reward", reward))}
+    texts, scale = checked_prompts(prompts), chosen_guidance(backbone, settings.guidance_scale)
+    latent_size(backbone, settings.resolution)
     named = {name: [estimator_identity(each), repr(getattr(each, "kernel", None))] for name, each in estimators.items()}
     found = {
-        **attrs.asdict(settings), **models, "guidance_scale": float(scale), "estimators": named,
+        **attrs.asdict(settings, filter=lambda field, _: field.name != "batch"), "backbone": _drawn_by(backbone),
+        "reward": network_identity(reward), "guidance_scale": float(scale), "estimators": named,
         "kernel": repr(kernel), "rollout_kernel": repr(rollout_kernel), "judges": list(judges),
-        "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
+        "prompts": prompts_digest(texts),
     }  # fmt: skip
     return dict(json.loads(json.dumps(found, default=repr)))
+
+
+def _drawn_by(backbone: Backbone) -> dict[str, Any]:
+    """The sampling network; its embedded guidance only where that is not the registered model's, so that diagnoses from
+    before it was told are still known."""
+    registered = None if backbone.record is None else backbone.record.architecture.get("guidance")
+    return network_identity(backbone) if backbone.guidance == registered else sampled_identity(backbone)
 
 
 def _check_finite(ranking: Ranking) -> None:

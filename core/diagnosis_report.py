@@ -18,6 +18,7 @@ from .joint import GivenReward, load_judge
 from .kernels import Ancestral, Kernel
 from .loading import load_backbone
 from .provenance import versions
+from .sampling import guided
 
 REPORT = "diagnosis.json"
 
@@ -31,6 +32,7 @@ def run_diagnosis(
     *,
     kernels: Mapping[str, Kernel],
     rollout_kernel: Kernel | None = None,
+    embedded_guidance: float | None = None,
     batch: int = 64,
     judges: Mapping[str, Judge] | None = None,
     progress: bool = True,
@@ -39,14 +41,15 @@ def run_diagnosis(
     """:func:`diagnose` under each of ``kernels``, and what ``diagnosis.json`` holds: ``Diagnosis.report()`` of each
     under ``kernels``, ``seed`` and ``versions``.
 
-    ``settings`` are those of :class:`DiagnosisSettings`. Writes ``parts/KERNEL.json`` when a kernel is done, which is
-    not repeated with the same settings, and ``diagnosis-KERNEL.png``, drawn anew every time; until then what was read
-    is kept in ``parts/KERNEL``, and a rerun goes on there. Raises as :func:`diagnose`, and ``OutputError`` when ``out``
-    cannot be written.
+    ``settings`` are the others of :class:`DiagnosisSettings`. Writes ``parts/KERNEL.json`` when a kernel is done, which
+    is not repeated with the same settings, and ``diagnosis-KERNEL.png``, drawn anew every time; until then what was
+    read is kept in ``parts/KERNEL``, and a rerun goes on there. Raises as :func:`diagnose`, and ``OutputError`` when
+    ``out`` cannot be written.
     """
     if not kernels:
         raise ConfigError("diagnose: no kernel was given; name at least one, such as {'sde': Sde()}.")
-    network, checked = load_backbone(backbone), DiagnosisSettings(**settings)
+    checked = DiagnosisSettings(batch=batch, **settings)
+    network, _ = guided(load_backbone(backbone), checked.guidance_scale, embedded_guidance)
     judge = load_judge(reward, network.device)
     rollout_kernel = rollout_kernel or Ancestral()
     folder = make_folder(out)

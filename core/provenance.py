@@ -48,8 +48,11 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def network_identity(network: Any) -> dict[str, Any]:
-    """JSON-able: :func:`model_identity` with a digest of the weights."""
-    return {**model_identity(network), "weights": weights_digest(network.net)}
+    """JSON-able: :func:`model_identity` with a digest of the weights, and of a backbone the embedded guidance where it
+    was set to another than it was loaded at."""
+    guidance, own = (getattr(network, name, None) for name in ("guidance", "own_guidance"))
+    embedded = {} if guidance == own else {"guidance": guidance}
+    return {**model_identity(network), "weights": weights_digest(network.net), **embedded}
 
 
 def sampled_identity(backbone: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from .errors import ConfigError, StitchError
 from .examples import GenerationSettings
 from .files import cache_key, make_folder, write_json, write_text
 from .finetune_settings import FinetuneSettings
+from .latent_space import misfit
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .metrics import metric_of
 from .progress import track
@@ -34,7 +35,7 @@ from .provenance import network_identity, versions, weights_digest
 from .recipes import recipe as named_recipe
 from .reproduction_report import Expected, assemble, read_cell, write_report
 from .reproduction_tables import PLAIN, Pair, Row, Settings, Table, check_rows, table_of
-from .reproduction_values import ValueModels, equivalents, misfit, pass_costs
+from .reproduction_values import ValueModels, equivalents, pass_costs
 from .reward import Reward
 from .sampling import chosen_guidance
 from .value import StitchedValue

@@ -1,4 +1,4 @@
-"""The value models that a reproduction steers by: found in a folder or stitched, and which backbones they can steer."""
+"""The value models that a reproduction steers by, found in a folder or stitched, and what their passes cost."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from .errors import ArtefactError
 from .loading import name_of
 from .metering import metered
 from .reward import Reward
-from .seeds import stream_seed
 from .value import StitchedValue
 from .world_values import WorldStitcher
 from .worlds import cell_name
-
-SAME_PICTURE = 0.01
-"""How far two decodings of one latent may lie apart, pixels in [0, 1]: one autoencoder in two precisions does not."""
 
 
 @attrs.define(eq=False)
@@ -70,33 +66,6 @@ def found_in(given: Path | None, backbone: str, reward: str) -> Path | None:
     name = cell_name(backbone, reward)
     places = [root / name / inner for root in (given, given / "models") for inner in ("", "stitched")]
     return next((place for place in places if (place / CONFIG).is_file()), None)
-
-
-@torch.no_grad()
-def misfit(source: Backbone, steered: Backbone, prompted: bool = False) -> str | None:
-    """Why a value model stitched to ``source`` cannot read the latents that ``steered`` samples, or None if it can.
-
-    Both must live on the same path and have the same latents: as many channels, as many pixels to one, and the same
-    picture for the same latent. A ``prompted`` one also reads the sampler's prompt, which both must encode alike.
-    """
-    left, right = name_of(source), name_of(steered)
-    if source.path.name != steered.path.name:
-        return (
-            f"{left} lives on the {source.path.name} path and {right} on the {steered.path.name} path, "
-            "so a latent at one noise level is not the other's"
-        )
-    for what, of in (("latent channels", "latent_channels"), ("pixels a latent pixel", "latent_factor")):
-        if (has := getattr(source, of)) != (other := getattr(steered, of)):
-            return f"{left} has {has} {what} and {right} has {other}"
-    side = min(source.native_resolution, steered.native_resolution) // steered.latent_factor
-    noise = torch.randn(1, steered.latent_channels, side, side, generator=torch.Generator().manual_seed(stream_seed(0)))
-    ours, theirs = (one.decode_latents(noise.to(one.device)).clamp(0, 1).cpu() for one in (source, steered))
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=SAME_PICTURE):
-        return f"the autoencoders of {left} and {right} decode one latent to different pictures"
-    read = [network.encode_prompts(["a prompt"]).to("cpu") for network in (source, steered)] if prompted else []
-    if read and not read[0].equals(read[1]):
-        return f"the value model reads prompts as {left} encodes them, and {right} encodes them otherwise"
-    return None
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import Backbone, checked_scale
 from .conditions import Condition
-from .errors import NonFiniteError
+from .errors import ConfigError, NonFiniteError
 from .kernels import Kernel, Ode
+from .loading import name_of
 from .paths import Prediction, as_sigma
 from .reuse import BegunPass
 
@@ -60,10 +61,30 @@ class Denoiser:
 
 
 def chosen_guidance(backbone: Backbone, scale: float | None) -> float:
-    """The scale of classifier-free guidance: where none is asked for 3, or 1 for a network distilled to need none."""
-    if scale is not None:
-        return scale
-    return 3.0 if backbone.guided_passes > 1 else 1.0
+    """The scale of classifier-free guidance: where none is asked for 3, or 1 for a network distilled to need none.
+
+    It is never the guidance that a distilled network reads beside its time (FLUX), whatever the scale is called in its
+    pipeline: :meth:`Backbone.with_embedded_guidance` sets that, and 1 leaves it as it is. Raises :class:`ConfigError`
+    for a scale that is no finite number from 0 on, and for any but 1 where the network was distilled.
+    """
+    distilled = backbone.guided_passes == 1
+    if scale is None:
+        return 1.0 if distilled else 3.0
+    scale = checked_scale("guidance_scale", scale)
+    if distilled and scale != 1:
+        instead = "" if backbone.guidance is None else "; what the network itself reads is embedded_guidance"
+        raise ConfigError(
+            f"guidance_scale is {scale:g}, but {name_of(backbone)} was distilled to need no classifier-free guidance. "
+            f"Leave it out, or give 1{instead}."
+        )
+    return scale
+
+
+def guided(backbone: Backbone, scale: float | None, embedded: float | None) -> tuple[Backbone, float]:
+    """What samples are drawn with: the backbone at the ``embedded`` guidance (its own when None), and the scale of
+    classifier-free guidance, as :func:`chosen_guidance` has it. Raises :class:`ConfigError` for either."""
+    network = backbone if embedded is None else backbone.with_embedded_guidance(embedded)
+    return network, chosen_guidance(network, scale)
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> Tensor:

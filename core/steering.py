@@ -25,6 +25,7 @@ _OWN_WORDS = {
     "resolution": "height and width",
     "prompts": "prompt",
     "num_images_per_prompt": "particles",
+    "embedded_guidance": "guidance_scale",
 }
 """What ``align`` or a pipeline calls something, and its name here."""
 

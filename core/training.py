@@ -31,6 +31,7 @@ from .loading import load_backbone
 from .policy import Policy
 from .processes import join_group
 from .progress import track
+from .sampling import chosen_guidance
 from .seeds import stream_seed
 from .sharding import is_shared, own_share, process_mesh, whole
 from .structuring import structure
@@ -91,8 +92,9 @@ def train(
     :class:`NonFiniteError` when the loss, a gradient or a weight is not finite, or no sample of an evaluation is (the
     last checkpoint is kept).
     """
-    _check_numbers(steps, seed, guidance_scale)
+    _check_numbers(steps, seed)
     network, folder = load_backbone(backbone), Path(out).expanduser()
+    guidance_scale = chosen_guidance(network, guidance_scale)
     estimator, judge = resolve_value(value, reward, network, seed)
     trainer = resolve_method(method, settings)
     _check_complete(trainer)
@@ -131,13 +133,11 @@ def _over_policy(estimator: Estimator | None, policy: Policy) -> Estimator:
     raise ConfigError("head is 'policy', which is for stitched values in unsharded trainings; leave it at 'frozen'.")
 
 
-def _check_numbers(steps: int, seed: int, guidance_scale: float) -> None:
+def _check_numbers(steps: int, seed: int) -> None:
     """:class:`ConfigError` for a number of :func:`train` that is out of range."""
     for name, number, lowest in (("steps", steps, 1), ("seed", seed, 0)):
         if type(number) is not int or number < lowest:
             raise ConfigError(f"{name} is {number!r}; give a whole number from {lowest} on.")
-    if not 0 <= guidance_scale < float("inf"):
-        raise ConfigError(f"guidance_scale is {guidance_scale}; give a finite number from 0 on.")
 
 
 def _check_complete(method: object) -> None:

@@ -104,7 +104,8 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         token: str | bool | None = None,
         **options: Any,
     ) -> Self:
-        """``options``: ``backbone`` (a name or an object to share), ``allow_other_backbone``, ``device``, ``dtype``."""
+        """``options``: ``backbone`` (a name or an object to share), ``allow_other_backbone``, ``steers``, ``device``,
+        ``dtype``."""
         folder = Path(model_id)
         if not folder.is_dir():
             folder = Path(
@@ -177,6 +178,10 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         Raises ``SliceError`` for a backbone that has no such cut.
         """
         trained = [p for p in backbone.net.parameters() if p.requires_grad]
+        own = self.head.part
+        assert isinstance(own, Backbone)
+        if own.guidance is not None:
+            backbone = backbone.with_embedded_guidance(own.guidance)
         found = type(self)(
             Head(backbone, self.head.cut, self.head.taps), {name: self._branch(name) for name in self.names}, self.null,
             self.weights, self._rewards, self.provenance, prompted=self.prompted,
@@ -191,7 +196,8 @@ class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["st
         :meth:`alone`.
 
         ``weights``: one a reward, in their order; by default those they have. Raises ``ArtefactError`` where the heads
-        are not the same (backbone, cut, taps, prompt), :class:`ConfigError` for a reward that two of them read.
+        are not the same (backbone, cut, taps, prompt, embedded guidance), :class:`ConfigError` for a reward that two of
+        them read.
         """
         if not values:
             raise ConfigError("no value model was given; give at least one.")
@@ -322,6 +328,7 @@ def _other_head(one: StitchedValue, other: StitchedValue) -> str | None:
         ("cut after block", one.head.cut, other.head.cut),
         ("taps", list(one.head.taps), list(other.head.taps)),
         ("trained under prompts", one.prompted, other.prompted),
+        ("embedded guidance", *(value.head.part.guidance for value in (one, other))),
         ("backbone weights", *(weights_digest(value.head.part.net) for value in (one, other))),
     ):
         if ours != theirs:

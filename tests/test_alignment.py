@@ -272,7 +272,7 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_runs(tmp_path)
         ({"steps": 0}, "steps is 0; give a whole number from 1 on"),
         ({"batch": 0}, "batch is 0; give a whole number from 1 on"),
         ({"seed": -1}, "seed is -1; give a whole number from 0 on"),
-        ({"guidance_scale": -1.0}, "'guidance_scale' must be >= 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; give a finite number from 0 on"),
         ({"resolution": 0}, "resolution is 0 pixels"),
     ],
     ids=str,

@@ -314,11 +314,19 @@ class Lost:
     ("changed", "error", "message"),
     [
         ({"estimators": {}}, ConfigError, "no estimators"),
-        ({"prompts": []}, ConfigError, "at least one prompt"),
+        ({"prompts": []}, ConfigError, "prompts is empty; give at least one"),
         ({"prompts": "a cat"}, ConfigError, "list of strings"),
         ({"seeds": 1}, ConfigError, "seeds is 1; give a whole number from 2 on"),
         ({"gradient_rollouts": 1}, ConfigError, "gradient_rollouts is 1"),
         ({"sigmas": (0.5, 1.5)}, ConfigError, "noise levels from 0"),
+        ({"prompts": ["a", 3]}, ConfigError, r"prompts must be a list of strings, got \['a', 3\]"),
+        ({"resolution": 5}, ConfigError, "resolution is 5 pixels; GaussianBackbone needs multiples of 2"),
+        ({"resolution": 0}, ConfigError, "resolution is 0; give a whole number from 1 on"),
+        ({"resolution": -2}, ConfigError, "resolution is -2; give a whole number from 1 on"),
+        ({"resolution": "4"}, ConfigError, "resolution is '4'; give a whole number from 1 on"),
+        ({"batch": 0}, ConfigError, "batch is 0; give a whole number from 1 on"),
+        ({"batch": 2.5}, ConfigError, "batch is 2.5; give a whole number from 1 on"),
+        ({"guidance_scale": -3}, ConfigError, "guidance_scale is -3; give a finite number from 0 on"),
         ({"estimators": {"odd": Lost(False)}}, NonFiniteError, "odd gave no finite value for .* at sigma"),
         ({"estimators": {"odd": Lost(True)}}, ConfigError, "odd is not differentiable"),
         ({"reward": MomentReward([0.0] * 3, [0.0] * 3, 1.0)}, ConfigError, "nothing to rank"),
@@ -327,6 +335,9 @@ class Lost:
 def test_mistakes_are_one_clear_error(changed, error, message):
     reward = LinearReward()
     given = {"estimators": {"tweedie": Tweedie(reward)}, "reward": reward, "prompts": ["a"], "steps": 3, "seeds": 3,
-             "gradient_rollouts": 2, "rollout_steps": 2, **changed}  # fmt: skip
+             "gradient_rollouts": 2, "rollout_steps": 2, **QUIET, **changed}  # fmt: skip
+    backbone = GaussianBackbone()
+    if "resolution" in changed:
+        backbone.latent_factor = 2
     with pytest.raises(error, match=message):
-        diagnose(GaussianBackbone(), **given, **QUIET)
+        diagnose(backbone, **given)

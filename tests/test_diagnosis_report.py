@@ -15,7 +15,17 @@ from analytic import GaussianBackbone, LinearReward, QuadraticReward
 from families import write_clip
 from pipelines import write_pipeline
 from stitchvm import core
-from stitchvm.core import CostMeter, MonteCarlo, NonFiniteError, Ode, Sde, Tweedie, diagnosis_report, registry
+from stitchvm.core import (
+    ConfigError,
+    CostMeter,
+    MonteCarlo,
+    NonFiniteError,
+    Ode,
+    Sde,
+    Tweedie,
+    diagnosis_report,
+    registry,
+)
 from stitchvm.core.finetune_settings import FinetuneSettings
 from test_policy import moved
 from toy_world import DATASET
@@ -49,6 +59,10 @@ def test_a_folder_holds_each_kernel_and_none_is_repeated(tmp_path, monkeypatch):
     drawn.clear()
     assert run({"ode": Ode(), "sde": Sde()}) == (both, Counter())
     assert drawn == ["ode", "sde"], "a picture drawn by an earlier version is not kept"
+    assert run({"ode": Ode(), "sde": Sde()}, batch=2) == (both, Counter()), "it changes nothing"
+    for wrong in ({"batch": 0}, {"resolution": -2}, {"guidance_scale": -3.0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            run({"ode": Ode()}, **wrong)
     (tmp_path / "parts" / "ode.json").write_text("{")
     assert run({"ode": Ode(), "sde": Sde()})[1]["denoiser"] == spent["denoiser"]
     for changed in ({"seed": 1}, {"kernels": {"sde": Sde(scale=1.0)}}):

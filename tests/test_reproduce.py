@@ -26,9 +26,9 @@ from stitchvm.core import (
     world_values,
 )
 from stitchvm.core.finetune_settings import FinetuneSettings
+from stitchvm.core.latent_space import misfit
 from stitchvm.core.reproduction_report import columns
 from stitchvm.core.reproduction_tables import TABLES, Pair, Settings
-from stitchvm.core.reproduction_values import misfit
 from test_matrix import toml
 from toy_world import (
     BACKBONE,

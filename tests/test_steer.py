@@ -246,6 +246,7 @@ class Mute:
     [
         ({"output_type": "jpeg"}, "output_type is 'jpeg'; choose one of pil, pt, np, latent"),
         ({"seed": 3}, "steer takes generator in the place of seed"),
+        ({"embedded_guidance": 3.0}, "steer takes guidance_scale in the place of embedded_guidance"),
         ({"num_images_per_prompt": 3}, "steer takes particles in the place of num_images_per_prompt"),
         ({"negative_prompt": ["x"]}, r"negative_prompt is \['x'\]; give one text for all prompts"),
         ({"negative_prompt": "x", "guidance_scale": 1.0}, "only classifier-free guidance reads it, and there is none"),

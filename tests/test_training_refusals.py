@@ -187,3 +187,8 @@ def test_out_may_begin_with_a_tilde_for_the_tracker_too(tmp_path, monkeypatch):
     run(Draft(), Path("~/tuned"), updates=1, tracker="tensorboard")
     assert (tmp_path / "tuned" / "stitchvm").is_dir() and not (tmp_path / "~").exists()
     assert lora_of(tmp_path / "tuned")
+
+
+def test_a_distilled_backbone_takes_no_classifier_free_guidance(tmp_path):
+    with pytest.raises(ConfigError, match="guidance_scale is 3, but .* was distilled to need no classifier-free"):
+        core.train("draft", families.flux(), None, PROMPTS, reward=families.clip(), guidance_scale=3.0, out=tmp_path)

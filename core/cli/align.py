@@ -58,6 +58,9 @@ def command(
         float | None,
         typer.Option(help="Classifier-free guidance; 1 is none (default: 3; 1 if distilled and in training)."),
     ] = None,
+    embedded_guidance: Annotated[
+        float | None, typer.Option(help="What a distilled backbone reads beside its time (FLUX; default: its own).")
+    ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What classifier-free guidance leads away from.")
     ] = None,
@@ -94,7 +97,7 @@ def command(
     steered_by, own = value if estimator is None else estimator, method_settings(context, settings or ())
     judge = weighted(reward, weights)
     if registry().aligner(method).trains:
-        surplus = ("particles", "proposals", "batch", "reuse", "lora", "negative_prompt")
+        surplus = ("particles", "proposals", "batch", "reuse", "lora", "embedded_guidance", "negative_prompt")
         refuse_given(context, surplus, f"{method} trains; see --set, and --train batch=N.")
         chosen = {"steps": steps, "guidance_scale": guidance_scale}
         train_and_print(
@@ -108,8 +111,8 @@ def command(
     result = align(
         method, backbone, steered_by, open_prompts(prompts, count, split="test"), particles=particles,
         proposals=proposals, seed=seed, steps=28 if steps is None else steps, guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt, resolution=resolution, reward=judge, lora=lora, batch=batch, reuse=reuse,
-        out=out, **own,
+        embedded_guidance=embedded_guidance, negative_prompt=negative_prompt, resolution=resolution, reward=judge,
+        lora=lora, batch=batch, reuse=reuse, out=out, **own,
     )  # fmt: skip
     if as_json:
         print_json(result.report())

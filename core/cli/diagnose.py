@@ -56,6 +56,9 @@ def command(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is none (default: 3, or 1 if distilled).")
     ] = None,
+    embedded_guidance: Annotated[
+        float | None, typer.Option(help="What a distilled backbone reads beside its time (FLUX; default: its own).")
+    ] = None,
     gradients: Annotated[bool, typer.Option(help="Compare gradients with those of many rollouts.")] = True,
     gradient_rollouts: Annotated[int, typer.Option(help="Rollouts of the gradient that is compared with.")] = 64,
     gradient_prompts: Annotated[int, typer.Option(help="Prompts to compare gradients on.")] = 4,
@@ -93,9 +96,9 @@ def command(
         open_prompts(prompts, count, split="test"), out, rollout_kernel=drawn, batch=batch,
         judges=judges_of_prompts(prompts), seeds=seeds, steps=steps,
         kernels={name: KERNELS[name]() for name in (BOTH if kernel == "both" else (kernel,))},
-        guidance_scale=guidance_scale, sigmas=levels(sigmas, "--sigmas"), gradients=gradients,
-        gradient_rollouts=gradient_rollouts, gradient_prompts=gradient_prompts, gradient_seeds=gradient_seeds,
-        rollout_steps=rollout_steps, resolution=resolution, seed=seed,
+        guidance_scale=guidance_scale, embedded_guidance=embedded_guidance, sigmas=levels(sigmas, "--sigmas"),
+        gradients=gradients, gradient_rollouts=gradient_rollouts, gradient_prompts=gradient_prompts,
+        gradient_seeds=gradient_seeds, rollout_steps=rollout_steps, resolution=resolution, seed=seed,
     )  # fmt: skip
     if as_json:
         print_json(report)
@@ -126,7 +129,7 @@ def _values(folders: Sequence[Path], backbone: Backbone) -> dict[str, StitchedVa
     if len(places) < len(folders):
         raise ConfigError("--value: two folders have the same name; rename one, so that they can be told apart.")
     return {
-        name: StitchedValue.from_pretrained(place, backbone=backbone, device=backbone.device)
+        name: StitchedValue.from_pretrained(place, steers=backbone, device=backbone.device)
         for name, place in places.items()
     }
 

@@ -56,8 +56,9 @@ class FluxBackbone(FlowTransformer):
 
     ``guidance`` is the guidance scale that a guidance-distilled network (FLUX.1 dev) reads beside its time: it is part
     of every pass, under the null prompt too, and asks for no second pass. :data:`GUIDANCE` when None; a network without
-    guidance embedding (FLUX.1 schnell) has none. It is a setting of the backbone, from its record's ``architecture``:
-    a value model stitched at one guidance reads features of that one.
+    guidance embedding (FLUX.1 schnell) has none. It is a setting of the backbone, from its record's ``architecture``,
+    and ``with_embedded_guidance`` gives a twin at another. A value model's head goes on reading the one that it was
+    stitched at. Neither network takes classifier-free guidance (a ``guidance_scale`` other than 1).
 
     Raises :class:`ConfigError` for a guidance that the network cannot read, and for a network that reads or predicts
     more than the latents (FLUX.1 Fill, Canny, Depth).
