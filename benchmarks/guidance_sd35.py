@@ -31,7 +31,6 @@ from torch import Tensor
 from stitchvm.core import AlignProblem, CostMeter, NonFiniteError, Stitched, Tweedie
 from stitchvm.core.provenance import versions
 from stitchvm.plugins.aligners.dps import Dps
-from stitchvm.plugins.aligners.fk_steering import best_of_proposals
 
 GB = 1e9
 FIRST_STEP = STEPS // 4
@@ -99,7 +98,7 @@ def take_step(problem: AlignProblem, figure: Figure, latents: Tensor, step: int)
         prediction = problem.denoise(latents, sigma)
     transition = METHOD.transition_kernel()(prediction, following.expand(len(latents)).to(latents))
     if figure.task == "propose":
-        return best_of_proposals(problem, transition, figure.proposals, following)[0]
+        return problem.propose(transition, figure.proposals, following)[0]
     return problem.draw(transition)
 
 

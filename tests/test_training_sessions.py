@@ -113,7 +113,11 @@ def test_a_name_is_loaded_where_its_process_works(tmp_path, monkeypatch):
         @classmethod
         def from_pretrained(cls, record: Any, *, device: Any, **options: Any) -> Any:
             seen[record.name] = torch.device(device)
-            return families.clip() if record.name == "clip-vit-l-14" else SimpleNamespace(device=torch.device(device))
+            return (
+                families.clip()
+                if record.name == "clip-vit-l-14"
+                else SimpleNamespace(device=torch.device(device), guided_passes=2)
+            )
 
     def resolved(value: Any, reward: Any, network: Any, seed: int) -> Any:
         core.load_reward(reward, device=network.device)
