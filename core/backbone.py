@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -20,6 +19,7 @@ from .paths import Path, Prediction, PredictionKind, as_sigma
 from .records import BackboneRecord
 from .reuse import BegunPass
 from .slicing import Sliced
+from .validators import checked_number
 from .weights_file import read_weights
 
 
@@ -194,7 +194,7 @@ class Backbone(Sliced):
         if scale == self.guidance:
             return self
         twin = copy.copy(self)
-        twin.guidance, twin._loaded_at = float(checked_scale("the embedded guidance", scale)), self.own_guidance
+        twin.guidance, twin._loaded_at = float(checked_number("the embedded guidance", scale, 0)), self.own_guidance
         return twin
 
     # -- beside a pipeline --------------------------------------------------------------------------------------------
@@ -231,10 +231,3 @@ class Backbone(Sliced):
     def to_pipeline_latents(self, pipeline: Any, latents: Tensor, sigma: float) -> Tensor:
         """The inverse of :meth:`from_pipeline_latents`."""
         return latents
-
-
-def checked_scale(what: str, scale: float | None) -> float:
-    """A guidance scale; :class:`ConfigError`, which calls it ``what``, for anything but a finite number from 0 on."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
-        raise ConfigError(f"{what} is {scale!r}; give a finite number from 0 on.")
-    return scale

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 VARIABLE = "STITCHVM_DEVICE"
 """The environment variable that decides; ``stitchvm --device`` sets it."""
@@ -20,14 +22,19 @@ def default_device() -> torch.device:
 
     Raises :class:`ConfigError` for a device that torch does not know or cannot reach.
     """
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
     if named := os.environ.get(VARIABLE):
         return _reachable(named)
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
 
 
 def _reachable(name: str) -> torch.device:
+    import torch
+
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

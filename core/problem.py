@@ -175,9 +175,10 @@ class AlignProblem:
         values = torch.full((len(drawn),), torch.nan, device=drawn.device)
         for part, found, begun in self._read(drawn, sigma):
             values[part] = found.masked_fill(~found.isfinite(), torch.nan)
-            self.begun.keep([begun])
-            self.begun.set_aside(torch.arange(part.start, part.stop))
-            self.begun.narrow(_best(values, rivals, count))
+            if begun is not None:
+                self.begun.keep([begun])
+                self.begun.set_aside(torch.arange(part.start, part.stop))
+                self.begun.narrow(_best(values, rivals, count))
         values = self._checked(values, drawn, sigma, None)
         best = _best(values, rivals, count)
         self.begun.bring_back(best)

@@ -91,11 +91,6 @@ class BegunPasses:
         known = [part for part in parts if part is not None]
         self.last = joined(known) if known and len(known) == len(parts) and self.enabled else None
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows, as latents are chosen among proposals."""
-        if self.last is not None:
-            self.last = self.last.index(rows)
-
     def set_aside(self, rows: Tensor, places: Tensor | slice = slice(None)) -> None:
         """Keep the last passes' samples at ``places`` for ``rows [n]`` of a larger batch, in place of what was set
         aside for these before."""

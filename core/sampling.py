@@ -9,13 +9,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from .backbone import Backbone, checked_scale
+from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError, NonFiniteError
 from .kernels import Kernel, Ode
 from .loading import name_of
 from .paths import Prediction, as_sigma
 from .reuse import BegunPass
+from .validators import checked_number
 
 
 @attrs.frozen(eq=False)
@@ -70,7 +71,7 @@ def chosen_guidance(backbone: Backbone, scale: float | None) -> float:
     distilled = backbone.guided_passes == 1
     if scale is None:
         return 1.0 if distilled else 3.0
-    scale = checked_scale("guidance_scale", scale)
+    scale = checked_number("guidance_scale", scale, 0)
     if distilled and scale != 1:
         instead = "" if backbone.guidance is None else "; what the network itself reads is embedded_guidance"
         raise ConfigError(

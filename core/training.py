@@ -39,6 +39,7 @@ from .training_evaluation import Gallery
 from .training_problem import Experience, Rows, TrainingMethod, TrainProblem, Update
 from .training_settings import TrainSettings, as_launched
 from .training_state import TrainingRecord, TrainingState
+from .validators import checked_whole
 
 
 @attrs.frozen(eq=False)
@@ -92,7 +93,8 @@ def train(
     :class:`NonFiniteError` when the loss, a gradient or a weight is not finite, or no sample of an evaluation is (the
     last checkpoint is kept).
     """
-    _check_numbers(steps, seed)
+    checked_whole("steps", steps, 1)
+    checked_whole("seed", seed, 0)
     network, folder = load_backbone(backbone), Path(out).expanduser()
     guidance_scale = chosen_guidance(network, guidance_scale)
     estimator, judge = resolve_value(value, reward, network, seed)
@@ -131,13 +133,6 @@ def _over_policy(estimator: Estimator | None, policy: Policy) -> Estimator:
     if isinstance(estimator, Sum):
         return Sum([_over_policy(part, policy) for part in estimator.estimators], estimator.weights)
     raise ConfigError("head is 'policy', which is for stitched values in unsharded trainings; leave it at 'frozen'.")
-
-
-def _check_numbers(steps: int, seed: int) -> None:
-    """:class:`ConfigError` for a number of :func:`train` that is out of range."""
-    for name, number, lowest in (("steps", steps, 1), ("seed", seed, 0)):
-        if type(number) is not int or number < lowest:
-            raise ConfigError(f"{name} is {number!r}; give a whole number from {lowest} on.")
 
 
 def _check_complete(method: object) -> None:

@@ -1,4 +1,5 @@
-"""attrs validators that settings share: each raises :class:`ConfigError` with the field's name and what to give."""
+"""Checks that settings share, as attrs validators and of single values: each raises :class:`ConfigError` with the name
+and what to give."""
 
 from __future__ import annotations
 
@@ -13,34 +14,55 @@ from .errors import ConfigError
 Validator = Callable[[object, "attrs.Attribute[Any]", Any], None]
 
 
+def checked_whole(name: str, value: object, lowest: int) -> int:
+    """A whole number called ``name``, ``lowest`` or more."""
+    if type(value) is not int or value < lowest:
+        raise ConfigError(f"{name} is {value!r}; give a whole number from {lowest} on.")
+    return value
+
+
+def checked_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number called ``name``, from ``low`` to ``high``, both allowed."""
+    number = _finite(value)
+    if number is None or not low <= number <= high:
+        wanted = "" if low == -math.inf else f" from {low:g} " + ("on" if high == math.inf else f"to {high:g}")
+        raise ConfigError(f"{name} is {value!r}; give a finite number{wanted}.")
+    return number
+
+
 def whole_from(lowest: int) -> Validator:
     """A whole number, ``lowest`` or more."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if type(value) is not int or value < lowest:
-            raise ConfigError(f"{attribute.name} is {value!r}; give a whole number from {lowest} on.")
+        checked_whole(attribute.name, value, lowest)
 
     return check
 
 
 def number_within(low: float, high: float = math.inf) -> Validator:
     """A finite number from ``low`` to ``high``, both allowed."""
-    wanted = "" if low == -math.inf else f" from {low:g} " + ("on" if high == math.inf else f"to {high:g}")
-    return _number(lambda value: low <= value <= high, wanted)
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        checked_number(attribute.name, value, low, high)
+
+    return check
 
 
 def number_above(low: float) -> Validator:
     """A finite number greater than ``low``."""
-    return _number(lambda value: value > low, f" above {low:g}")
 
-
-def _number(allowed: Callable[[float], bool], wanted: str) -> Validator:
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
-        if not (math.isfinite(number) and allowed(number)):
-            raise ConfigError(f"{attribute.name} is {value!r}; give a finite number{wanted}.")
+        number = _finite(value)
+        if number is None or number <= low:
+            raise ConfigError(f"{attribute.name} is {value!r}; give a finite number above {low:g}.")
 
     return check
+
+
+def _finite(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
 
 
 def one_of(choices: Collection[str]) -> Validator:

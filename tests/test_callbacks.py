@@ -180,7 +180,8 @@ def test_precision_and_gradients_stay_the_pipelines(pipelines, mode):
     assert not torch.equal(found["latents"], held)
 
 
-def test_every_prompt_has_its_own_condition(pipelines, monkeypatch):
+@pytest.mark.parametrize(("batch", "expected"), [(64, [[2.0, 2.0, 4.0, 4.0]]), (3, [[2.0, 2.0, 4.0], [4.0]])])
+def test_every_prompt_has_its_own_condition(pipelines, monkeypatch, batch, expected):
     """Rows of one prompt follow each other: two prompts with two images each."""
     pipe, value, given = pipelines["sd3"], linear_value(pipelines["sd3"]), []
     reward = value.reward()
@@ -189,9 +190,9 @@ def test_every_prompt_has_its_own_condition(pipelines, monkeypatch):
     monkeypatch.setattr(
         type(value), "forward", lambda self, z, sigma, condition, prompt=None: _noted(given, z, condition)
     )
-    run(pipe, "sd3", GuidanceCallback(value, ["ab", "abcd"], window=(0.4, 0.4)), ["ab", "abcd"], 4,
+    run(pipe, "sd3", GuidanceCallback(value, ["ab", "abcd"], window=(0.4, 0.4), batch=batch), ["ab", "abcd"], 4,
         num_images_per_prompt=2)  # fmt: skip
-    assert given == [[2.0, 2.0, 4.0, 4.0]]
+    assert given == expected
 
 
 def _lengths(prompts: list[str]) -> Any:
@@ -231,19 +232,6 @@ def test_a_bound_on_the_batch_changes_nothing_else(pipelines, batch, monkeypatch
         torch.testing.assert_close(ends[k], ends[k + 2], rtol=0, atol=1e-5)
         torch.testing.assert_close(seen[k], seen[k + 2], rtol=0, atol=1e-5)
     assert (ends[0] - ends[1]).abs().max() > 0.1
-
-
-def test_every_prompt_keeps_its_condition_in_a_bounded_batch(pipelines, monkeypatch):
-    pipe, value, given = pipelines["sd3"], linear_value(pipelines["sd3"]), []
-    reward = value.reward()
-    reward.condition_kind = "prompts"
-    monkeypatch.setattr(reward, "encode_prompts", lambda prompts: _lengths(prompts))
-    monkeypatch.setattr(
-        type(value), "forward", lambda self, z, sigma, condition, prompt=None: _noted(given, z, condition)
-    )
-    run(pipe, "sd3", GuidanceCallback(value, ["ab", "abcd"], window=(0.4, 0.4), batch=3), ["ab", "abcd"], 4,
-        num_images_per_prompt=2)  # fmt: skip
-    assert given == [[2.0, 2.0, 4.0], [4.0]]
 
 
 def test_a_value_that_reads_the_prompt_is_given_it(pipelines, monkeypatch):

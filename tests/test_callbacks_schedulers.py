@@ -37,6 +37,7 @@ from pipeline_calls import (
     with_scheduler,
 )
 from stitchvm.core import ConfigError, GuidanceCallback
+from stitchvm.plugins.backbones.discrete_time import DiscreteTime, pipeline_levels
 
 STRENGTH = 100.0
 
@@ -115,6 +116,19 @@ def stays(before: Tensor, after: Tensor, step: int, sigmas: list[float]) -> bool
         assert torch.equal(before, after)
         return True
     return False
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("settings", [{}, {"use_karras_sigmas": True}], ids=["plain", "karras"])
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, DEISMultistepScheduler])
+def test_levels_are_those_a_scheduler_steps_between(scheduler, settings, steps):
+    """Its timesteps are rounded: spaced as Karras, several are the same."""
+    chosen = scheduler(beta_schedule="scaled_linear", **settings)
+    time = DiscreteTime.of(chosen)
+    chosen.set_timesteps(steps)
+    expected = [float(chosen._sigma_to_alpha_sigma_t(sigma)[1]) for sigma in chosen.sigmas[:-1]] + [0.0]
+    for found in (time.grid(steps), pipeline_levels(chosen, time)):
+        torch.testing.assert_close(found, torch.tensor(expected))
 
 
 @pytest.mark.parametrize(

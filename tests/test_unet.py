@@ -27,7 +27,7 @@ from stitchvm.core import (
     registry,
     sample,
 )
-from stitchvm.plugins.backbones.discrete_time import DiscreteTime, pipeline_levels
+from stitchvm.plugins.backbones.discrete_time import DiscreteTime
 from stitchvm.plugins.backbones.unet import UNetBackbone
 
 UNETS = ["sd", "xl"]
@@ -103,19 +103,6 @@ def test_the_grid_is_where_the_scheduler_goes(scheduler, steps):
     assert len(grid) == steps + 1
     assert grid[-1] == 0
     torch.testing.assert_close(time.timestep(grid[:-1]), torch.tensor(visited), rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize("steps", [5, 20, 50])
-@pytest.mark.parametrize("settings", [{}, {"use_karras_sigmas": True}], ids=["plain", "karras"])
-@pytest.mark.parametrize("scheduler", [diffusers.DPMSolverMultistepScheduler, diffusers.DEISMultistepScheduler])
-def test_levels_are_those_a_scheduler_steps_between(scheduler, settings, steps):
-    """Its timesteps are rounded: spaced as Karras, several are the same."""
-    chosen = scheduler(beta_schedule="scaled_linear", **settings)
-    time = DiscreteTime.of(chosen)
-    chosen.set_timesteps(steps)
-    expected = [float(chosen._sigma_to_alpha_sigma_t(sigma)[1]) for sigma in chosen.sigmas[:-1]] + [0.0]
-    for found in (time.grid(steps), pipeline_levels(chosen, time)):
-        torch.testing.assert_close(found, torch.tensor(expected))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..devices import VARIABLE
 from ..errors import StitchError
 
 COMMANDS: dict[str, str] = {
@@ -80,7 +81,7 @@ def _options(
 ) -> None:
     """Value models for diffusion backbones, stitched from their own features and a reward model's tail."""
     if device is not None:
-        os.environ["STITCHVM_DEVICE"] = device
+        os.environ[VARIABLE] = device
     if plugin:
         from ..registries import registry
 

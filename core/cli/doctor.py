@@ -10,13 +10,14 @@ from typing import Any
 import attrs
 import typer
 
+from ..devices import VARIABLE as DEVICE
 from ..loading import missing_modules
 from ..records import SPEC_VERSION, Source
 from ..registries import CONFLICT, USER_REGISTRY, Registry, registry
 from .output import Json, print_json, print_table
 
 _LIBRARIES = ("stitchvm", "torch", "diffusers", "transformers", "open_clip_torch", "huggingface_hub", "safetensors")
-_VARIABLES = (USER_REGISTRY, "STITCHVM_DEVICE", "HF_HOME", "HF_HUB_OFFLINE")
+_VARIABLES = (USER_REGISTRY, DEVICE, "HF_HOME", "HF_HUB_OFFLINE")
 
 
 def command(as_json: Json = False) -> None:

@@ -20,13 +20,12 @@ from stitchvm.core import (
     Look,
     Particles,
     Prediction,
-    StepUnit,
     Window,
     spread,
     with_config_errors,
 )
 
-from .kernel_settings import KernelSettings, in_fractions, rising_window
+from .kernel_settings import WindowedSettings, in_fractions, rising_window
 
 NORMALISERS = ("raw", "norm", "rms-ratio", "epsilon", "unit-rms")
 SCHEDULES = ("constant", "sigma", "alpha", "cosine")
@@ -34,7 +33,7 @@ FREEDOM_SHARE = 0.2
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
-class Dps(KernelSettings):
+class Dps(WindowedSettings):
     """Settings of gradient guidance; particles are independent samples, the best by clean reward is chosen.
 
     ``strength``: c in ``score + c g``, ``g`` the value's gradient as ``normaliser`` scales it, a sample at a time:
@@ -63,7 +62,6 @@ class Dps(KernelSettings):
     schedule: Literal["constant", "sigma", "alpha", "cosine"] = attrs.field(
         default="constant", validator=attrs.validators.in_(SCHEDULES)
     )
-    unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
     window: Window | None = attrs.field(default=in_fractions(0.0, 1.0), validator=rising_window)
     clip: float | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
     repeats: int = attrs.field(default=1, validator=attrs.validators.ge(1))

@@ -8,13 +8,13 @@ from typing import ClassVar
 import attrs
 import torch
 
-from stitchvm.core import AlignProblem, Particles, StepUnit, Window, with_config_errors
+from stitchvm.core import AlignProblem, Particles, Window, with_config_errors
 
-from .kernel_settings import KernelSettings, in_fractions, rising_window
+from .kernel_settings import WindowedSettings, in_fractions, rising_window
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
-class DSearch(KernelSettings):
+class DSearch(WindowedSettings):
     """Settings of the beam; its width is the number of particles.
 
     ``branches``: draws of every particle's transition at a branching step; of all a prompt's draws together the best by
@@ -29,7 +29,6 @@ class DSearch(KernelSettings):
 
     branches: int = attrs.field(default=4, validator=attrs.validators.ge(2))
     interval: int = attrs.field(default=4, validator=attrs.validators.ge(1))
-    unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
     window: Window | None = attrs.field(default=in_fractions(0.0, 0.8), validator=rising_window)
 
     def __attrs_post_init__(self) -> None:

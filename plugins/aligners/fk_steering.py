@@ -19,21 +19,20 @@ from stitchvm.core import (
     RESAMPLERS,
     AlignProblem,
     Particles,
-    StepUnit,
     Swarm,
     Window,
     steps_at,
     with_config_errors,
 )
 
-from .kernel_settings import KernelSettings, in_fractions, rising_window
+from .kernel_settings import WindowedSettings, in_fractions, rising_window
 from .tempering import tempered
 
 POTENTIALS = ("diff", "max", "add", "rt")
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
-class FKSteering(KernelSettings):
+class FKSteering(WindowedSettings):
     """Settings of FK steering; the number of particles is the problem's.
 
     ``strength``: lambda, in inverse units of the reward; the tilt is ``exp(strength r)``.
@@ -65,7 +64,6 @@ class FKSteering(KernelSettings):
     )
     ess_threshold: float = attrs.field(default=1.0, validator=[attrs.validators.ge(0), attrs.validators.le(1)])
     interval: int = attrs.field(default=4, validator=attrs.validators.ge(1))
-    unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
     window: Window | None = attrs.field(default=in_fractions(0.2, 0.8), validator=rising_window)
     resample_at: tuple[float, ...] | None = None
     proposals: int = attrs.field(default=1, validator=attrs.validators.ge(1))

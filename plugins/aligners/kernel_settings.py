@@ -14,6 +14,7 @@ from stitchvm.core import (
     FlowPath,
     Kernel,
     OnPath,
+    StepUnit,
     VariancePreservingPath,
     Window,
     steps_within,
@@ -34,8 +35,8 @@ def rising_window(instance: Any, attribute: attrs.Attribute[Window | None], wind
 
 
 def in_fractions(first: float, last: float) -> Any:
-    """The default of a window that follows the field ``unit``: these fractions of the steps, None in any other unit,
-    where :meth:`KernelSettings.steps_inside` asks for it."""
+    """The default of a window of :class:`WindowedSettings`: these fractions of the steps, None in any other unit,
+    where :meth:`WindowedSettings.steps_inside` asks for it."""
     return attrs.Factory(lambda known: (first, last) if known.unit == "fraction" else None, takes_self=True)
 
 
@@ -61,27 +62,6 @@ class KernelSettings:
     def __attrs_post_init__(self) -> None:
         self.transition_kernel()
 
-    def steps_inside(self, name: str, sigmas: Tensor, *, include_end: bool = True) -> list[int]:
-        """The steps in the window called ``name``.
-
-        Raises :class:`ConfigError` for one left at its default where ``unit`` is not that of the default, for one that
-        is no part of the schedule, and for one that holds no step though its ends differ.
-        """
-        window, unit = getattr(self, name), self.unit  # type: ignore[attr-defined]
-        if window is None:
-            example = "(6, 22)" if unit == "step" else "(0.5, 0.95)"
-            raise ConfigError(
-                f"unit is {unit!r}, but {name}'s default is in fractions of the steps; give {name} in the same unit, "
-                f"such as {example}."
-            )
-        inside = steps_within(sigmas, window, unit, include_end=include_end)
-        if not inside and window[0] < window[1]:
-            raise ConfigError(
-                f"{name} {window[0]:g} to {window[1]:g} ({unit}) holds none of the {len(sigmas) - 1} steps; widen it, "
-                "or take more steps."
-            )
-        return inside
-
     def refuse_ode(self, reason: str) -> None:
         """For methods that choose among draws, or shift them."""
         if self.kernel == "ode":
@@ -98,3 +78,31 @@ class KernelSettings:
             raise ConfigError(f"kernel {self.kernel!r} has no {' or '.join(surplus)}; it has {has}.")
         kernel: Kernel = kind(**given)
         return kernel if self.interpolant is None else OnPath(kernel, INTERPOLANTS[self.interpolant])
+
+
+@attrs.frozen(kw_only=True, field_transformer=with_config_errors)
+class WindowedSettings(KernelSettings):
+    """``unit`` of the settings' windows: ``fraction`` of the steps, ``step`` numbers or ``sigma`` levels."""
+
+    unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
+
+    def steps_inside(self, name: str, sigmas: Tensor, *, include_end: bool = True) -> list[int]:
+        """The steps in the window called ``name``.
+
+        Raises :class:`ConfigError` for one left at its default where ``unit`` is not that of the default, for one that
+        is no part of the schedule, and for one that holds no step though its ends differ.
+        """
+        window, unit = getattr(self, name), self.unit
+        if window is None:
+            example = "(6, 22)" if unit == "step" else "(0.5, 0.95)"
+            raise ConfigError(
+                f"unit is {unit!r}, but {name}'s default is in fractions of the steps; give {name} in the same unit, "
+                f"such as {example}."
+            )
+        inside = steps_within(sigmas, window, unit, include_end=include_end)
+        if not inside and window[0] < window[1]:
+            raise ConfigError(
+                f"{name} {window[0]:g} to {window[1]:g} ({unit}) holds none of the {len(sigmas) - 1} steps; widen it, "
+                "or take more steps."
+            )
+        return inside

@@ -8,13 +8,13 @@ from typing import ClassVar
 import attrs
 import torch
 
-from stitchvm.core import AlignProblem, Particles, StepUnit, Window, with_config_errors
+from stitchvm.core import AlignProblem, Particles, Window, with_config_errors
 
-from .kernel_settings import KernelSettings, in_fractions, rising_window
+from .kernel_settings import WindowedSettings, in_fractions, rising_window
 
 
 @attrs.frozen(kw_only=True, field_transformer=with_config_errors)
-class Svdd(KernelSettings):
+class Svdd(WindowedSettings):
     """Settings of SVDD; particles are independent chains, the best by clean reward is chosen.
 
     ``proposals``: draws a step (20 as published); the one of highest value is kept.
@@ -27,7 +27,6 @@ class Svdd(KernelSettings):
     default_particles: ClassVar[int] = 1
 
     proposals: int = attrs.field(default=20, validator=attrs.validators.ge(1))
-    unit: StepUnit = attrs.field(default="fraction", validator=attrs.validators.in_(("fraction", "step", "sigma")))
     window: Window | None = attrs.field(default=in_fractions(0.0, 1.0), validator=rising_window)
 
     def __attrs_post_init__(self) -> None:
