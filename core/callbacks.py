@@ -6,9 +6,9 @@ of that step. A callback reads them with a value model and hands back others at 
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -17,15 +17,17 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .alignment import reward_condition
+from .alignment import check_latents, reward_condition
 from .attention import gradient_in
 from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError, NonFiniteError
-from .kernels import Ancestral, Cps, Kernel, Ode
+from .estimators import Stitched
+from .loading import backbone_from, families_of
 from .particles import Resampling, step_generators
 from .paths import Prediction, as_sigma, spread
 from .resampling import RESAMPLERS, draw_ancestors
+from .scheduler_steps import step_of
 from .validators import number_within, one_of, whole_from
 from .value import StitchedValue
 from .windows import Window, steps_within
@@ -52,7 +54,8 @@ def _fractions(instance: object, attribute: object, window: Window) -> None:
 
 @attrs.frozen(eq=False)
 class Guided:
-    """One guided step: the ``values [B]`` of the latents that step ``step`` would have begun with at ``sigma``."""
+    """One guided step: the ``values [B]`` of the latents that step ``step`` would have begun with at ``sigma``, NaN
+    where not finite."""
 
     step: int
     sigma: float
@@ -80,6 +83,9 @@ class _Step:
 class StepCallback(ABC):
     """What both callbacks share: which steps they act in, and what stands between a pipeline's latents and a value's.
 
+    Where the pipeline has an ``AutoencoderKL`` that is not offloaded, its first call is compared with the value's own
+    backbone as in ``align``: latents of another autoencoder would be read wrongly.
+
     ``prompt`` as the pipeline is called with it; so are ``height`` and ``width``, which a pipeline that packs its
     latents (FLUX) does not tell. ``batch`` bounds the latents of one pass of the value and changes nothing else. The
     last step's clean latents are left alone: a value is for noisy ones.
@@ -94,6 +100,7 @@ class StepCallback(ABC):
     history: list[Any] = attrs.field(factory=list, init=False)
     _rewarded: Condition | None = attrs.field(default=None, init=False)
     _prompted: Condition | None = attrs.field(default=None, init=False)
+    _compared: Any = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         if (self.height is None) != (self.width is None):
@@ -103,7 +110,8 @@ class StepCallback(ABC):
         """The tensors that the pipeline goes on with.
 
         Raises :class:`ConfigError` for a pipeline that does not hand out its latents, or holds others than the value
-        reads, and ``NonFiniteError`` for values that are not finite.
+        reads; ``WeightsError`` where it cannot be told, since the autoencoder that the value was stitched over cannot
+        be opened; and ``NonFiniteError`` for values that are not finite.
         """
         if "latents" not in tensors:
             raise ConfigError(
@@ -144,8 +152,12 @@ class StepCallback(ABC):
         return steps_within(sigmas, self.window)
 
     def restart(self, pipeline: Any) -> None:
-        """Forget the call before this one."""
+        """Forget the call before this one, and see that the value reads this pipeline's latents."""
         self.history, self._prompted, self._rewarded = [], None, None
+        if self._compared is None or self._compared() is not pipeline:
+            if _decodes(pipeline):
+                check_latents(Stitched(self.value), self._sampled(pipeline))
+            self._compared = weakref.ref(pipeline)
 
     @abstractmethod
     def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
@@ -162,15 +174,12 @@ class StepCallback(ABC):
         return self.value(latents, step.sigma, self._rewarded.index(rows).to(device), prompt=prompt)
 
     def _encoded(self, pipeline: Any) -> Condition:
-        """The prompts by the pipeline's text encoders or, where those lie where only its own calls fetch them from, by
-        those of the value's own backbone."""
+        """The prompts by the pipeline's text encoders or, where those are offloaded, by those of the value's own
+        backbone."""
         own, prompts = self._backbone, list(self.prompts)
-        parts = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
-        if not any(hasattr(part, "_hf_hook") for part in parts):
-            # The value's own family: pipelines with more parts (a ControlNet) are of classes that no family names.
-            found: Condition = type(own).from_pipeline(pipeline).encode_prompts(prompts)  # type: ignore[attr-defined]
-            return found
-        theirs = {id(parameter) for part in parts for parameter in part.parameters()}
+        if not _offloaded(pipeline):
+            return self._sampled(pipeline).encode_prompts(prompts)
+        theirs = {id(parameter) for part in _parts(pipeline) for parameter in part.parameters()}
         if any(id(parameter) in theirs for parameter in self.value.head.parameters()):
             raise ConfigError(
                 f"the value's head reads the prompt, but the text encoders of this {type(pipeline).__name__} are "
@@ -178,6 +187,13 @@ class StepCallback(ABC):
                 "backbone of its own: StitchedValue.from_pretrained(folder), without backbone=."
             )
         return own.encode_prompts(prompts)
+
+    def _sampled(self, pipeline: Any) -> Backbone:
+        """The pipeline's backbone; of a class that no family names (a ControlNet's), by the value's own family."""
+        if families_of(pipeline):
+            return backbone_from(pipeline)
+        found: Backbone = type(self._backbone).from_pipeline(pipeline)  # type: ignore[attr-defined]
+        return found
 
     @property
     def _backbone(self) -> Backbone:
@@ -190,49 +206,19 @@ class StepCallback(ABC):
         return None if self.height is None or self.width is None else (self.height, self.width)
 
 
-_MULTISTEP: dict[str, Kernel] = {"dpmsolver": Ode(), "dpmsolver++": Ode(), "sde-dpmsolver++": Ancestral()}
-"""By DPM-Solver's ``algorithm_type``. The mean of ``sde-dpmsolver`` is not the forward process's posterior."""
+def _parts(pipeline: Any) -> list[nn.Module]:
+    return [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
 
 
-def step_of(scheduler: Any, eta: float = 0.0) -> Kernel:
-    """The transition that a diffusers scheduler's own ``step`` takes.
+def _offloaded(pipeline: Any) -> bool:
+    """Whether its parts lie where only its own calls fetch them from."""
+    return any(hasattr(part, "_hf_hook") for part in _parts(pipeline))
 
-    Multistep schedulers (PNDM, DPM-Solver, DEIS) extrapolate from predictions that they remember: a shift of all of
-    them, of the noise or of the clean latent, moves their steps as it would this transition's. ``eta`` is the call's,
-    read by DDIM alone.
 
-    Raises :class:`ConfigError` for a scheduler whose step is not known or not linear, and for an ``eta`` that it does
-    not read.
-    """
-    # Whoever defines the method: a subclass with a step of its own takes another.
-    name = next((cls for cls in type(scheduler).__mro__ if "step" in vars(cls)), type(scheduler)).__name__
-    settings = scheduler.config
-    steps: dict[str, Kernel | None] = {
-        "FlowMatchEulerDiscreteScheduler": Cps(1.0) if settings.get("stochastic_sampling") else Ode(),
-        "DDIMScheduler": Ancestral(eta),
-        "DDPMScheduler": Ancestral(),
-        "EulerDiscreteScheduler": Ode(),
-        "EulerAncestralDiscreteScheduler": Ancestral(),
-        "PNDMScheduler": Ode(),
-        "DPMSolverMultistepScheduler": _MULTISTEP.get(settings.get("algorithm_type", "")),
-        "DEISMultistepScheduler": Ode(),
-    }
-    found = steps.get(name)
-    if found is None:
-        kind = f" with algorithm_type={settings['algorithm_type']!r}" if name in steps else ""
-        raise ConfigError(
-            f"what guidance makes of a step of {name}{kind} is not known; give the pipeline one of {', '.join(steps)} "
-            "(of DPM-Solver's algorithms, " + ", ".join(_MULTISTEP) + ")."
-        )
-    for word in ("clip_sample", "thresholding"):
-        if word in inspect.signature(type(scheduler)).parameters and settings[word]:
-            raise ConfigError(
-                f"the {name} clips its clean latents ({word}=True), so that guidance is no shift of its steps; switch "
-                f"that off: {name}.from_config(pipe.scheduler.config, {word}=False)."
-            )
-    if eta and name != "DDIMScheduler":
-        raise ConfigError(f"eta is {eta:g}, but a {name} takes none, in the pipeline's call either; leave it out.")
-    return found
+def _decodes(pipeline: Any) -> bool:
+    """Whether it has a full autoencoder at hand, to compare its latents' pictures by."""
+    classes = {cls.__name__ for cls in type(getattr(pipeline, "vae", None)).__mro__}
+    return "AutoencoderKL" in classes and not _offloaded(pipeline)
 
 
 @attrs.define(eq=False)
@@ -245,10 +231,10 @@ class GuidanceCallback(StepCallback):
     which a callback is not told (DDIM). A step from ``sigma`` to ``sigma'`` that adds noise of deviation ``std`` is
     moved by ``strength (alpha' sigma^2 / alpha - sigma sqrt(sigma'^2 - std^2)) grad V`` (DDIM, eq. 12, for any path),
     not at all where ``alpha`` is 0; see :func:`step_of`. ``history`` holds the values of the last call as
-    :class:`Guided`, before they were moved.
+    :class:`Guided`, before they were moved. A latent whose value or gradient is not finite is left unguided in that
+    step, with a warning.
 
-    In a call it also raises what :func:`step_of` does, and ``NonFiniteError`` for any value or gradient that is not
-    finite.
+    In a call it also raises what :func:`step_of` does, and ``NonFiniteError`` where no image of a prompt has both.
     """
 
     strength: float = attrs.field(default=1.0, kw_only=True, validator=number_within(-math.inf))
@@ -264,9 +250,13 @@ class GuidanceCallback(StepCallback):
     def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
         found = [self._differentiate(pipeline, step, part) for part in step.parts(self.batch)]
         values, gradient = (torch.cat(each) for each in zip(*found, strict=True))
+        usable = values.isfinite() & gradient.flatten(1).isfinite().all(1)
+        self._warned(usable, step)
+        gradient = gradient.masked_fill(~usable[:, None, None, None], 0)
         if self.normalisation == "unit-rms":
             size = gradient.square().mean((1, 2, 3)).sqrt()
             gradient = gradient / spread(size.clamp_min(torch.finfo(size.dtype).tiny), gradient)
+        values = values.masked_fill(~values.isfinite(), torch.nan)
         self.history.append(Guided(step.number, step.sigma, values.cpu()))
         still = torch.zeros_like(gradient)
         level, lower = (as_sigma(sigma, still) for sigma in (step.sigma_before, step.sigma))
@@ -282,13 +272,21 @@ class GuidanceCallback(StepCallback):
         with torch.enable_grad():
             values = self.read(pipeline, step, part, z)
             gradient = gradient_in(z, values, self.value.dtype)
-        if not bool(values.isfinite().all()):
-            raise NonFiniteError(
-                f"the value is not finite at sigma {step.sigma:g}; check the latents and the precision."
-            )
-        if not bool(gradient.isfinite().all()):
-            raise NonFiniteError(f"the value's gradient is not finite at sigma {step.sigma:g}; use a lower strength.")
         return values.detach(), gradient
+
+    def _warned(self, usable: Tensor, step: _Step) -> None:
+        """An error where no latent of a prompt is ``usable [B]``, a warning where some are not."""
+        for number, prompt in enumerate(self.prompts):
+            if not bool(usable[step.prompts.to(usable.device) == number].any()):
+                raise NonFiniteError(
+                    f"no image of prompt {prompt!r} has a value with a finite gradient at sigma {step.sigma:g}; check "
+                    "the latents and the precision, and use a lower strength."
+                )
+        if lost := int((~usable).sum()):
+            warnings.warn(
+                f"{lost} of {len(usable)} latents have no value with a finite gradient at sigma {step.sigma:g}; they "
+                "are not guided in this step.", RuntimeWarning, stacklevel=2
+            )  # fmt: skip
 
 
 @attrs.define(eq=False)

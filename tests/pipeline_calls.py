@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from analytic import LinearReward
 from pipelines import KINDS, open_pipeline, write_pipeline
-from stitchvm.core import LATENT, Head, ResamplingCallback, StitchedValue, Tail, backbone_from, name_of
+from stitchvm.core import LATENT, Backbone, Head, ResamplingCallback, StitchedValue, Tail, backbone_from, name_of
 from stitchvm.core.layer import StitchingLayer
 from stitchvm.core.value import Branch
 
@@ -51,6 +51,18 @@ def linear_value(pipe: Any, weights: tuple[float, ...] = WEIGHTS) -> StitchedVal
     branch = Branch(layer, Tail(reward, 1, torch.zeros(1, 6)))
     name = name_of(reward)
     return StitchedValue(Head(backbone, LATENT), {name: branch}, backbone.null_condition(), rewards={name: reward})
+
+
+def stitched(backbone: Backbone, *, prompted: bool) -> StitchedValue:
+    """A value that reads the features after the first block."""
+    torch.manual_seed(4)
+    reward = LinearReward(WEIGHTS, side=8)
+    layer = StitchingLayer(backbone.feature_info()[1].num_chs, 6, 8)
+    branch = Branch(layer, Tail(reward, 1, torch.zeros(1, 6)))
+    name = name_of(reward)
+    return StitchedValue(
+        Head(backbone, 1), {name: branch}, backbone.null_condition(), rewards={name: reward}, prompted=prompted
+    )
 
 
 def by_hand(latents: Tensor) -> Tensor:

@@ -9,22 +9,15 @@ import diffusers
 import pytest
 import torch
 
-from analytic import LinearReward
-from pipeline_calls import EACH, HEIGHT_WIDTH, SIZE, WEIGHTS, run
+from pipeline_calls import EACH, HEIGHT_WIDTH, SIZE, run, stitched
 from pipelines import KINDS, open_pipeline, write_pipeline
 from stitchvm.core import (
-    Backbone,
     Condition,
     ConfigError,
     GuidanceCallback,
-    Head,
     StitchedValue,
-    Tail,
     backbone_from,
-    name_of,
 )
-from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.value import Branch
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +37,6 @@ def prompts_read(monkeypatch: pytest.MonkeyPatch) -> list[Condition | None]:
         StitchedValue, "features", lambda self, z, sigma, prompt=None: seen.append(prompt) or features(self, z, sigma)
     )
     return seen
-
-
-def stitched(backbone: Backbone, *, prompted: bool) -> StitchedValue:
-    """A value that reads the features after the first block."""
-    torch.manual_seed(4)
-    reward = LinearReward(WEIGHTS, side=8)
-    layer = StitchingLayer(backbone.feature_info()[1].num_chs, 6, 8)
-    branch = Branch(layer, Tail(reward, 1, torch.zeros(1, 6)))
-    name = name_of(reward)
-    return StitchedValue(
-        Head(backbone, 1), {name: branch}, backbone.null_condition(), rewards={name: reward}, prompted=prompted
-    )
 
 
 def guiding(value: StitchedValue) -> GuidanceCallback:
