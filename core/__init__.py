@@ -49,7 +49,6 @@ if TYPE_CHECKING:
         load_backbone,
         load_dataset_plugin,
         load_reward,
-        name_of,
     )
     from .lora import LoraSettings, with_lora
     from .monte_carlo import MonteCarlo
@@ -60,7 +59,17 @@ if TYPE_CHECKING:
     from .problem import Aligner, AlignProblem, Look
     from .ranking import Ranking, rank_seeds
     from .recipes import recipe
-    from .records import SPEC_VERSION, AlignerRecord, BackboneRecord, DatasetRecord, Family, Hint, RewardRecord, Source
+    from .records import (
+        SPEC_VERSION,
+        AlignerRecord,
+        BackboneRecord,
+        DatasetRecord,
+        Family,
+        Hint,
+        RewardRecord,
+        Source,
+        name_of,
+    )
     from .registries import Registry, pairs, registry
     from .resampling import RESAMPLERS, effective_sample_size
     from .reward import Reward, RewardOutput, Tail
@@ -121,7 +130,6 @@ _PUBLIC = {
         "load_backbone",
         "load_dataset_plugin",
         "load_reward",
-        "name_of",
     ),
     "monte_carlo": ("MonteCarlo",),
     "particles": ("Particles", "Resampling"),
@@ -139,6 +147,7 @@ _PUBLIC = {
         "Hint",
         "RewardRecord",
         "Source",
+        "name_of",
     ),
     "registries": ("Registry", "pairs", "registry"),
     "resampling": ("RESAMPLERS", "effective_sample_size"),

@@ -21,12 +21,13 @@ from .errors import ConfigError
 from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
 from .joint import AnyReward, GivenReward, JointReward, load_judge
 from .latent_space import misfit
-from .loading import load_aligner, load_backbone, name_of
+from .loading import load_aligner, load_backbone
 from .lora import with_lora
 from .monte_carlo import MonteCarlo
 from .particles import initial_noise, step_generators
 from .problem import Aligner, AlignProblem
 from .provenance import network_identity, sampled_identity, weights_digest
+from .records import name_of
 from .reuse import BegunPasses
 from .sampling import Denoiser, guided
 from .structuring import plain, structure, with_config_errors

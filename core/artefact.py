@@ -22,8 +22,9 @@ from .errors import ArtefactError, ConfigError, SliceError, StitchError
 from .files import make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from .joint import sum_name
 from .layer import StitchingLayer
-from .loading import load_backbone, load_reward, name_of
+from .loading import load_backbone, load_reward
 from .provenance import model_identity, versions, weights_digest
+from .records import name_of
 from .reward import Reward, Tail
 from .slicing import LATENT, Head
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from .conditions import Condition, concatenate
 from .costs import count
 from .errors import ConfigError, SliceError
-from .loading import name_of
 from .paths import Path, Prediction, PredictionKind, as_sigma
-from .records import BackboneRecord
+from .records import BackboneRecord, name_of
 from .reuse import BegunPass
 from .slicing import Sliced
 from .validators import checked_number

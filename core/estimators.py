@@ -13,8 +13,8 @@ from torch import Tensor
 from .conditions import Condition
 from .errors import ConfigError
 from .joint import AnyReward, JointReward, share_of
-from .loading import name_of
 from .paths import Prediction, as_sigma
+from .records import name_of
 from .reward import Reward
 from .sampling import Denoiser
 from .value import StitchedValue

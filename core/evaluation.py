@@ -13,9 +13,10 @@ from torch import Tensor
 from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError
-from .loading import load_backbone, name_of
+from .loading import load_backbone
 from .metrics import Recall, recall_at_one, share_kept
 from .progress import track
+from .records import name_of
 from .reward import Reward, RewardOutput
 from .sampling import seeded_noise
 from .seeds import stream_seed

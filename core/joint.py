@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .conditions import Condition
 from .errors import ConfigError
-from .loading import load_reward, name_of
+from .loading import load_reward
+from .records import name_of
 from .reward import ConditionKind, Reward
 
 Given = Condition | Sequence[Any] | Mapping[str, Any] | None

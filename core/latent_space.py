@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
-from .loading import load_backbone, name_of
+from .loading import load_backbone
+from .records import name_of
 from .seeds import stream_seed
 from .slicing import LATENT
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from .backbone import Backbone
-    from .joint import JointReward
     from .reward import Reward
 
     Device = torch.device | str
@@ -230,11 +229,6 @@ def load_dataset_plugin(name: str | DatasetRecord) -> type[Any]:
     """The class of an image source that a package offers by name."""
     record = registry().dataset(name) if isinstance(name, str) else name
     return _resolve(record.load, record.name)
-
-
-def name_of(network: Backbone | Reward | JointReward) -> str:
-    """The name a network was loaded under, or its class's when it was built by hand."""
-    return str(network.record.name) if network.record is not None else type(network).__name__
 
 
 def as_dtype(dtype: DTypeLike) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import nn
 from .backbone import Backbone
 from .errors import ConfigError, PluginLoadError, WeightsError
 from .files import read_tensors
-from .loading import name_of
+from .records import name_of
 from .structuring import with_config_errors
 from .validators import whole_from
 

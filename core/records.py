@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import attrs
 
@@ -250,3 +250,14 @@ class Hint:
 
 
 Record = BackboneRecord | RewardRecord | AlignerRecord | DatasetRecord
+
+
+class Recorded(Protocol):
+    """A network, or a sum of them, with the record that it was loaded by, or None."""
+
+    record: Any
+
+
+def name_of(network: Recorded) -> str:
+    """The name a network was loaded under, or its class's when it was built by hand."""
+    return str(network.record.name) if network.record is not None else type(network).__name__

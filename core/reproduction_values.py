@@ -11,8 +11,8 @@ import torch
 from .artefact import CONFIG
 from .backbone import Backbone
 from .errors import ArtefactError
-from .loading import name_of
 from .metering import metered
+from .records import name_of
 from .reward import Reward
 from .value import StitchedValue
 from .world_values import WorldStitcher

@@ -13,8 +13,8 @@ from .backbone import Backbone
 from .conditions import Condition
 from .errors import ConfigError, NonFiniteError
 from .kernels import Kernel, Ode
-from .loading import name_of
 from .paths import Prediction, as_sigma
+from .records import name_of
 from .reuse import BegunPass
 from .validators import checked_number
 

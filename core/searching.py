@@ -19,8 +19,9 @@ from .errors import ConfigError, DataError
 from .grids import resample, side_by_side
 from .images import ImageSource, open_images
 from .joint import load_rewards
-from .loading import load_backbone, name_of
+from .loading import load_backbone
 from .progress import track
+from .records import name_of
 from .regression import RegressionStatistics
 from .reward import Reward
 from .sampling import seeded_noise

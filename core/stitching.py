@@ -21,9 +21,10 @@ from .finetune import finetune
 from .finetune_settings import FinetuneSettings
 from .images import ImageSource, open_images
 from .joint import JointReward, checked_weights, load_rewards
-from .loading import load_backbone, name_of
+from .loading import load_backbone
 from .lora import with_lora
 from .provenance import network_identity, weights_digest
+from .records import name_of
 from .reward import Reward
 from .sampling import chosen_guidance
 from .search_result import Criterion, JointSearch, SearchResult

@@ -25,9 +25,9 @@ from .datasets import Judge
 from .errors import ConfigError, NonFiniteError
 from .files import make_folder
 from .joint import AnyReward, JointReward, share_of
-from .loading import name_of
 from .particles import initial_noise
 from .provenance import network_identity
+from .records import name_of
 from .sampling import Denoiser
 from .sampling import sample as run_sampler
 from .training_problem import TrainProblem

@@ -16,10 +16,9 @@ from .files import cache_key, read_json, write_json
 from .finetune_settings import FinetuneSettings
 from .images import ImageSource, open_images
 from .joint import JointReward, load_rewards
-from .loading import name_of
 from .metrics import metric_of
 from .provenance import network_identity
-from .records import MetricKind
+from .records import MetricKind, name_of
 from .reward import Reward
 from .skills import SkillData
 from .stitching import stitch

@@ -137,7 +137,7 @@ def _values(folders: Sequence[Path], backbone: Backbone) -> dict[str, StitchedVa
 def _judge(reward: GivenReward | None, models: Mapping[str, StitchedValue], device: torch.device) -> AnyReward:
     """The reward that all values estimate, by default the values' own."""
     from ..joint import load_judge
-    from ..loading import name_of
+    from ..records import name_of
 
     if reward is None and not models:
         raise ConfigError("nothing says what to estimate; give --reward, or a value model by --value.")
