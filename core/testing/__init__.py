@@ -6,8 +6,10 @@ Three ways to run the same checks: ``stitchvm check NAME``, :func:`parametrize_c
 run on a record's twin, without a download, or on any object; :func:`examine` needs no test framework.
 """
 
+from .checks import Check, Subject
 from .doors import AlignerConformance, BackboneConformance, RewardConformance, TrainerConformance, parametrize_checks
-from .kit import Check, ConformanceError, Report, Result, Subject, checks_for, examine, run_check, subject_of
+from .kit import ConformanceError, Report, Result, checks_for, examine, run_check
+from .subjects import subject_of
 
 __all__ = [
     "AlignerConformance",

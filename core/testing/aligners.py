@@ -18,9 +18,9 @@ from ..paths import Prediction
 from ..problem import AlignProblem
 from ..sampling import Denoiser
 from ..structuring import plain, structure
+from .checks import check
 from .expect import expect, expect_close, expect_equal, expect_finite, expect_shape, global_randomness_kept, refuses
 from .gaussian import ExactValue, GaussianBackbone, LinearReward
-from .kit import check
 
 STEPS = 6
 PROMPTS = ("0", "1", "-1")

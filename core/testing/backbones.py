@@ -13,6 +13,7 @@ from ..conditions import Condition
 from ..costs import CostMeter
 from ..errors import NoiseLevelError, SliceError, StitchError
 from ..paths import Path
+from .checks import check
 from .expect import (
     expect,
     expect_close,
@@ -22,7 +23,6 @@ from .expect import (
     global_randomness_kept,
     refuses,
 )
-from .kit import check
 from .sliced import PROMPTS, backward, example_input, expect_gradient, rows, whole
 
 

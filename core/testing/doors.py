@@ -9,7 +9,9 @@ import attrs
 
 from ..errors import ConfigError
 from ..records import CheckedKind
-from .kit import Check, ConformanceError, Subject, checks_for, run_check, subject_of
+from .checks import Check, Subject
+from .kit import ConformanceError, checks_for, run_check
+from .subjects import subject_of
 
 
 @attrs.frozen(eq=False)

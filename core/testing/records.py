@@ -15,8 +15,8 @@ from ..loading import build_geometry, build_twin
 from ..loading import family_class as class_of
 from ..records import AlignerRecord, BackboneRecord, RewardRecord, Source
 from ..reward import Reward
+from .checks import Subject, check
 from .expect import expect, expect_equal, global_randomness_kept
-from .kit import Subject, check
 
 TWIN_PARAMETERS = 1_000_000
 """A twin has fewer parameters: it is run often."""

@@ -11,6 +11,7 @@ from ..conditions import Condition
 from ..costs import CostMeter
 from ..errors import ConfigError, StitchError
 from ..reward import Reward, Tail
+from .checks import check
 from .expect import (
     expect,
     expect_close,
@@ -20,7 +21,6 @@ from .expect import (
     global_randomness_kept,
     refuses,
 )
-from .kit import check
 from .sliced import PROMPTS, backward, example_input, expect_gradient, final, leaf, whole
 
 SIZES = ((1.0, 1.0), (0.5, 0.75), (1.5, 2.0), (2.0, 1.0))

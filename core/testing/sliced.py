@@ -11,8 +11,8 @@ from torch import Tensor
 from ..backbone import Backbone, NoisyLatent
 from ..reward import RewardOutput
 from ..slicing import LATENT, Head, Sliced
+from .checks import check
 from .expect import expect, expect_close, expect_equal, expect_finite
-from .kit import check
 
 PROMPTS = ["a red circle", "two blue stars left of a cat", "a dog"]
 BFLOAT16 = 0.1

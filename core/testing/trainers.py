@@ -15,9 +15,9 @@ from ..estimators import Estimator
 from ..policy import Policy
 from ..training_problem import Experience, TrainProblem, Update
 from .aligners import PROMPTS, BrokenValue, ConstantValue, CountingBackbone
+from .checks import check
 from .expect import Mismatch, expect, expect_close, expect_equal, expect_finite, expect_shape, global_randomness_kept
 from .gaussian import ExactValue, LinearReward
-from .kit import check
 
 STEPS = 10
 UPDATE = Update(0, (2, 0), (0, 1))
