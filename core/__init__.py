@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .conditions import Condition, concatenate
     from .costs import CostMeter, count
     from .datasets import Captioned, CaptionedDataset, PreferenceDataset, Preferences, Rated, RatedDataset
-    from .diagnosis import Diagnosis, diagnose
+    from .diagnosis.measure import Diagnosis, diagnose
     from .discovery import PluginFailure
     from .errors import (
         ArtefactError,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from .particles import Particles, Resampling
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
     from .planning import Plan, plan
-    from .policy import Policy
     from .problem import Aligner, AlignProblem, Look
     from .ranking import Ranking, rank_seeds
     from .recipes import recipe
@@ -82,9 +81,10 @@ if TYPE_CHECKING:
     from .stitching import stitch
     from .structuring import with_config_errors
     from .swarm import Swarm
-    from .training import TrainResult, train
-    from .training_problem import Experience, Rows, StopWindow, TrainingMethod, TrainProblem, Update, spread_seed
-    from .training_settings import TrainSettings
+    from .training.policy import Policy
+    from .training.problem import Experience, Rows, StopWindow, TrainingMethod, TrainProblem, Update, spread_seed
+    from .training.settings import TrainSettings
+    from .training.trainer import TrainResult, train
     from .validators import number_above, number_within, whole_from
     from .value import StitchedValue
     from .windows import StepUnit, Window, steps_at, steps_within
@@ -97,7 +97,7 @@ _PUBLIC = {
     "conditions": ("Condition", "concatenate"),
     "costs": ("CostMeter", "count"),
     "datasets": ("Captioned", "CaptionedDataset", "PreferenceDataset", "Preferences", "Rated", "RatedDataset"),
-    "diagnosis": ("Diagnosis", "diagnose"),
+    "diagnosis.measure": ("Diagnosis", "diagnose"),
     "discovery": ("PluginFailure",),
     "errors": (
         "ArtefactError",
@@ -162,10 +162,10 @@ _PUBLIC = {
     "structuring": ("with_config_errors",),
     "swarm": ("Swarm",),
     "lora": ("LoraSettings", "with_lora"),
-    "policy": ("Policy",),
-    "training": ("TrainResult", "train"),
-    "training_problem": ("Experience", "Rows", "StopWindow", "TrainProblem", "TrainingMethod", "Update", "spread_seed"),
-    "training_settings": ("TrainSettings",),
+    "training.policy": ("Policy",),
+    "training.trainer": ("TrainResult", "train"),
+    "training.problem": ("Experience", "Rows", "StopWindow", "TrainProblem", "TrainingMethod", "Update", "spread_seed"),
+    "training.settings": ("TrainSettings",),
     "validators": ("number_above", "number_within", "whole_from"),
     "value": ("StitchedValue",),
     "windows": ("StepUnit", "Window", "steps_at", "steps_within"),

@@ -21,8 +21,8 @@ from stitchvm.core import (
     Tweedie,
     diagnose,
 )
-from stitchvm.core.diagnosis import calibration
-from stitchvm.core.gradients import compare_gradients, cosine
+from stitchvm.core.diagnosis.gradients import compare_gradients, cosine
+from stitchvm.core.diagnosis.measure import calibration
 from stitchvm.core.ranking import Trajectories, rank_seeds
 
 QUIET = {"guidance_scale": 1.0, "progress": False}

@@ -15,17 +15,8 @@ from analytic import GaussianBackbone, LinearReward, QuadraticReward
 from families import write_clip
 from pipelines import write_pipeline
 from stitchvm import core
-from stitchvm.core import (
-    ConfigError,
-    CostMeter,
-    MonteCarlo,
-    NonFiniteError,
-    Ode,
-    Sde,
-    Tweedie,
-    diagnosis_report,
-    registry,
-)
+from stitchvm.core import ConfigError, CostMeter, MonteCarlo, NonFiniteError, Ode, Sde, Tweedie, registry
+from stitchvm.core.diagnosis import report as diagnosis_report
 from stitchvm.core.finetune_settings import FinetuneSettings
 from test_policy import moved
 from toy_world import DATASET

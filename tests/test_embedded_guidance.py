@@ -23,12 +23,12 @@ from stitchvm.core import (
     artefact,
     backbone_from,
     diagnose,
-    diagnosis_report,
     load_backbone,
     registry,
     steer,
 )
 from stitchvm.core.alignment import estimator_identity
+from stitchvm.core.diagnosis import report as diagnosis_report
 from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.particles import initial_noise
 from stitchvm.core.provenance import network_identity

@@ -12,8 +12,8 @@ from PIL import Image
 
 from results import matrix_report, search_report, summary
 from stitchvm.core import ConfigError, OutputError, plots
-from stitchvm.core.diagnosis_plots import diagnosis_panels
-from stitchvm.core.training_plots import comparison_curves
+from stitchvm.core.diagnosis.plots import diagnosis_panels
+from stitchvm.core.training.plots import comparison_curves
 
 PICTURES = {
     "interface": lambda path: plots.interface_heatmap(search_report(), path),

@@ -15,20 +15,13 @@ import pytest
 from analytic import GaussianBackbone
 from pipelines import write_pipeline
 from reward_families import aesthetic_architecture, write_aesthetic, write_dinov2
-from stitchvm.core import (
-    StitchedValue,
-    VariancePreservingPath,
-    alignment_plots,
-    load_backbone,
-    load_reward,
-    registry,
-    reproduction,
-    world_values,
-)
+from stitchvm.core import StitchedValue, VariancePreservingPath, load_backbone, load_reward, registry, world_values
 from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.latent_space import misfit
-from stitchvm.core.reproduction_report import columns
-from stitchvm.core.reproduction_tables import TABLES, Pair, Settings
+from stitchvm.core.reproduction import alignment as reproduction
+from stitchvm.core.reproduction import plots as alignment_plots
+from stitchvm.core.reproduction.alignment_rows import TABLES, Pair, Settings
+from stitchvm.core.reproduction.report import columns
 from test_matrix import toml
 from toy_world import (
     BACKBONE,
@@ -212,7 +205,7 @@ def test_particle_methods_and_what_tables_share(world, models, tmp_path, aligned
 
 
 def test_reward_against_cost(world, drawn, models, tmp_path, monkeypatch):
-    from stitchvm.core import reproduction_tables
+    from stitchvm.core.reproduction import alignment_rows as reproduction_tables
 
     names = [row.name for row in TABLES["fig3"].make(Settings(), Pair("recall"))]
     assert names == ["plain", *(f"fk-stitched-n{n}" for n in (1, 2, 4, 8, 14)), "fk-stitched-n4-m2",

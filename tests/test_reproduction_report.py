@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stitchvm.core.reproduction_report import mark_best
+from stitchvm.core.reproduction.report import mark_best
 
 
 def row(at: float, target: float, fulfilled: tuple[float, float] | None, curve: str = "Tweedie") -> dict[str, Any]:

@@ -7,10 +7,11 @@ import torch
 
 import families
 from analytic import GaussianBackbone, LinearReward, exact_stitched
-from stitchvm.core import ConfigError, reproduction
+from stitchvm.core import ConfigError
 from stitchvm.core.costs import peak_memory
-from stitchvm.core.reproduction_tables import TABLES, Pair, Settings, table_of
-from stitchvm.core.reproduction_values import equivalents, pass_costs
+from stitchvm.core.reproduction import alignment as reproduction
+from stitchvm.core.reproduction.alignment_rows import TABLES, Pair, Settings, table_of
+from stitchvm.core.reproduction.values import equivalents, pass_costs
 
 
 def test_strengths_follow_the_scale_of_the_reward():

@@ -153,8 +153,8 @@ def test_what_is_evaluated_is_what_is_saved(method, tmp_path):
 
 def test_the_best_weights_are_never_ahead_of_the_checkpoint(tmp_path, monkeypatch):
     """Killed after the best evaluation and gone on with where that is not evaluated, the record and ``best`` agree."""
-    from stitchvm.core.training_evaluation import Gallery
-    from stitchvm.core.training_state import TrainingState
+    from stitchvm.core.training.evaluation import Gallery
+    from stitchvm.core.training.state import TrainingState
 
     judge, numbers = Gallery.judge, iter((0.1, 0.2, 0.4, 0.3))
 

@@ -16,8 +16,8 @@ import killing
 from stitchvm import core
 from stitchvm.core import LoraSettings, Prediction, Prompted, TrainSettings
 from stitchvm.core.files import read_tensors
-from stitchvm.core.training_evaluation import Gallery, _fallen
-from stitchvm.core.training_state import TrainingState
+from stitchvm.core.training.evaluation import Gallery, _fallen
+from stitchvm.core.training.state import TrainingState
 from stitchvm.plugins.aligners.best_of_n import BestOfN
 from stitchvm.plugins.aligners.diffusion_dpo import DiffusionDpo
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft

@@ -20,8 +20,8 @@ from stitchvm.core.checkpoints import under
 from stitchvm.core.cli.training import _mean
 from stitchvm.core.costs import CostMeter
 from stitchvm.core.files import read_tensors
-from stitchvm.core.training_evaluation import Gallery, _fallen
-from stitchvm.core.training_reproduction import _entry, _gain
+from stitchvm.core.reproduction.training import _entry, _gain
+from stitchvm.core.training.evaluation import Gallery, _fallen
 from stitchvm.plugins.aligners.draft import Draft
 from test_training import PROMPTS, assert_equal, lora_of
 from training_worlds import Brightness, problem
@@ -91,7 +91,7 @@ def test_a_judge_without_any_number_ends_no_training_and_is_drawn_and_told_as_su
 
 
 def core_row() -> Any:
-    from stitchvm.core.training_tables import TrainingRow
+    from stitchvm.core.reproduction.training_rows import TrainingRow
 
     return TrainingRow(name="draft", label="DRaFT", method="draft")
 

@@ -15,7 +15,7 @@ from pipeline_calls import linear_value
 from pipelines import open_pipeline, write_pipeline
 from stitchvm import core
 from stitchvm.core import ConfigError, LoraSettings, Policy, StitchedValue, TrainSettings
-from stitchvm.core.training_evaluation import _fallen
+from stitchvm.core.training.evaluation import _fallen
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
 from stitchvm.plugins.aligners.draft import Draft
 from stitchvm.plugins.aligners.fk_steering import FKSteering

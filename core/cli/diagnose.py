@@ -75,7 +75,7 @@ def command(
     Prompts of a dataset with a detector: also how well each estimator foresees what it will say. With the same
     settings a kernel that is done is not repeated, and an interrupted one goes on where it stopped.
     """
-    from ..diagnosis_report import run_diagnosis
+    from ..diagnosis.report import run_diagnosis
     from ..kernels import KERNELS
     from ..loading import load_backbone
     from ..lora import with_lora

@@ -88,7 +88,7 @@ def command(
     Gains are paired with the plain sampler's, prompt by prompt. A finished row is not repeated; tables, and runs with
     different --backbones, may share DIR. Exits with 1 when a row failed.
     """
-    from ..training_tables import TRAINING_TABLES
+    from ..reproduction.training_rows import TRAINING_TABLES
     from ..worlds import Scale
 
     scale = Scale(images=images, steps=finetune_steps, probes=probes, samples=samples)
@@ -104,8 +104,8 @@ def command(
             recipe=read_recipe(recipe, {}), **chosen,
         )  # fmt: skip
         return
-    from ..reproduction import reproduce
-    from ..reproduction_tables import TABLES, Settings, table_of
+    from ..reproduction.alignment import reproduce
+    from ..reproduction.alignment_rows import TABLES, Settings, table_of
 
     if table not in TABLES:
         raise ConfigError(f"unknown table {table!r}; choose one of {', '.join((*TABLES, *TRAINING_TABLES))}.")

@@ -24,8 +24,8 @@ def train_and_print(
 
     from ..prompts import judges_of_prompts, open_prompts
     from ..registries import registry
-    from ..training import train
-    from ..training_state import BEST
+    from ..training.state import BEST
+    from ..training.trainer import train
 
     prompts = open_prompts(source, count, split="train")
     of_dataset = source in registry().datasets
@@ -68,9 +68,9 @@ def train_and_compare(
     table: str, world: str, out: Path, settings: Sequence[str], as_json: bool, **options: Any
 ) -> None:
     """Do a table's trainings and show what became of the rewards; exits with 1 when one failed."""
+    from ..reproduction.training import reproduce_training
+    from ..reproduction.training_rows import TrainingScale
     from ..structuring import structure
-    from ..training_reproduction import reproduce_training
-    from ..training_tables import TrainingScale
 
     scale = structure(TrainingScale, key_values(settings, "--set", "updates=200"), "settings of the training")
     report = reproduce_training(table, world, out, scale=scale, **options)

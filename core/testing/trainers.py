@@ -12,8 +12,8 @@ from torch import Tensor
 from ..costs import CostMeter
 from ..errors import NonFiniteError
 from ..estimators import Estimator
-from ..policy import Policy
-from ..training_problem import Experience, TrainProblem, Update
+from ..training.policy import Policy
+from ..training.problem import Experience, TrainProblem, Update
 from .aligners import PROMPTS, BrokenValue, ConstantValue, CountingBackbone
 from .checks import check
 from .expect import Mismatch, expect, expect_close, expect_equal, expect_finite, expect_shape, global_randomness_kept

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backbone import Backbone
-from .errors import ArtefactError, ConfigError
-from .files import make_folder, output_errors, write_tensors
-from .lora import ADAPTER, LORA_FILE, LoraSettings, check_bare, inject
-from .sharding import own_share, shard, shared_like, whole
+from ..backbone import Backbone
+from ..errors import ArtefactError, ConfigError
+from ..files import make_folder, output_errors, write_tensors
+from ..lora import ADAPTER, LORA_FILE, LoraSettings, check_bare, inject
+from ..sharding import own_share, shard, shared_like, whole
 
 
 @attrs.frozen(eq=False)

@@ -1,7 +1,7 @@
 """Training a backbone towards a high value: one trainer for every method (paper, section 6).
 
 An update draws prompts, lets the method collect what it learns from, and takes optimiser steps on its loss. All
-randomness comes from ``(seed, update, sample)``: see :mod:`stitchvm.core.training_problem`.
+randomness comes from ``(seed, update, sample)``: see :mod:`stitchvm.core.training.problem`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from accelerate.tracking import filter_trackers
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .alignment import Value, checked_prompts, latent_size, resolve_method, resolve_value, reward_condition
-from .backbone import Backbone
-from .costs import KINDS, CostMeter, differentiating
-from .datasets import Judge
-from .errors import ConfigError, NonFiniteError
-from .estimators import Estimator, Stitched, Sum, Tweedie
-from .files import make_folder
-from .joint import AnyReward, GivenReward, load_judges
-from .loading import load_backbone
+from ..alignment import Value, checked_prompts, latent_size, resolve_method, resolve_value, reward_condition
+from ..backbone import Backbone
+from ..costs import KINDS, CostMeter, differentiating
+from ..datasets import Judge
+from ..errors import ConfigError, NonFiniteError
+from ..estimators import Estimator, Stitched, Sum, Tweedie
+from ..files import make_folder
+from ..joint import AnyReward, GivenReward, load_judges
+from ..loading import load_backbone
+from ..processes import join_group
+from ..progress import track
+from ..sampling import chosen_guidance
+from ..seeds import stream_seed
+from ..sharding import is_shared, own_share, process_mesh, whole
+from ..structuring import structure
+from ..validators import checked_whole
+from .evaluation import Gallery
 from .policy import Policy
-from .processes import join_group
-from .progress import track
-from .sampling import chosen_guidance
-from .seeds import stream_seed
-from .sharding import is_shared, own_share, process_mesh, whole
-from .structuring import structure
-from .training_evaluation import Gallery
-from .training_problem import Experience, Rows, TrainingMethod, TrainProblem, Update
-from .training_settings import TrainSettings, as_launched
-from .training_state import TrainingRecord, TrainingState
-from .validators import checked_whole
+from .problem import Experience, Rows, TrainingMethod, TrainProblem, Update
+from .settings import TrainSettings, as_launched
+from .state import TrainingRecord, TrainingState
 
 
 @attrs.frozen(eq=False)

@@ -18,30 +18,30 @@ from typing import Any
 
 import attrs
 
-from .artefact import CONFIG, saved_identity
-from .backbone import Backbone
-from .comparison import mean_stderr
-from .datasets import judges_of
-from .errors import ConfigError, StitchError
-from .examples import GenerationSettings
-from .files import cache_key, make_folder, read_json, write_json, write_text
-from .finetune_settings import FinetuneSettings
-from .joint import JointReward
-from .loading import load_backbone, load_dataset_plugin, load_reward
-from .lora import LoraSettings
-from .provenance import versions
-from .recipes import recipe as named_recipe
-from .reproduction_tables import check_rows
-from .reproduction_values import found_in
-from .reward import Reward
-from .training import train
-from .training_plots import comparison_curves
-from .training_settings import TrainSettings
-from .training_state import RECORD
-from .training_tables import TRAINING_TABLES, TrainingRow, TrainingScale
-from .value import StitchedValue
-from .world_values import WorldStitcher
-from .worlds import Scale, World, cell_name
+from ..artefact import CONFIG, saved_identity
+from ..backbone import Backbone
+from ..comparison import mean_stderr
+from ..datasets import judges_of
+from ..errors import ConfigError, StitchError
+from ..examples import GenerationSettings
+from ..files import cache_key, make_folder, read_json, write_json, write_text
+from ..finetune_settings import FinetuneSettings
+from ..joint import JointReward
+from ..loading import load_backbone, load_dataset_plugin, load_reward
+from ..lora import LoraSettings
+from ..provenance import versions
+from ..recipes import recipe as named_recipe
+from ..reward import Reward
+from ..training.plots import comparison_curves
+from ..training.settings import TrainSettings
+from ..training.state import RECORD
+from ..training.trainer import train
+from ..value import StitchedValue
+from ..world_values import WorldStitcher
+from ..worlds import Scale, World, cell_name
+from .alignment_rows import check_rows
+from .training_rows import TRAINING_TABLES, TrainingRow, TrainingScale
+from .values import found_in
 
 PROMPTS = 1024
 """How many of the dataset's training prompts are trained on."""

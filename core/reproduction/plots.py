@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plots import BLACK, BLUE, GREEN, GREY, ORANGE, decorate, open_figure
+from ..plots import BLACK, BLUE, GREEN, GREY, ORANGE, decorate, open_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

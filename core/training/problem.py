@@ -16,15 +16,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from .backbone import Backbone
-from .conditions import Condition
-from .errors import ConfigError, NonFiniteError
-from .estimators import Estimator, Prompted
-from .kernels import Kernel, Ode
-from .paths import Prediction, as_sigma
+from ..backbone import Backbone
+from ..conditions import Condition
+from ..errors import ConfigError, NonFiniteError
+from ..estimators import Estimator, Prompted
+from ..kernels import Kernel, Ode
+from ..paths import Prediction, as_sigma
+from ..sampling import Denoiser, seeded_noise
+from ..seeds import stream_seed
 from .policy import Policy
-from .sampling import Denoiser, seeded_noise
-from .seeds import stream_seed
 
 StopWindow = tuple[int, int]
 """First and last number of sampling steps, both inclusive, after which a rollout may stop."""

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .backbone import Backbone
-from .datasets import Judge
-from .diagnosis import DiagnosisSettings, diagnose, diagnosis_settings
-from .diagnosis_plots import diagnosis_panels
-from .errors import ArtefactError, ConfigError
-from .estimators import Estimator
-from .files import make_folder, read_json, write_json
-from .joint import GivenReward, load_judge
-from .kernels import Ancestral, Kernel
-from .loading import load_backbone
-from .provenance import versions
-from .sampling import guided
+from ..backbone import Backbone
+from ..datasets import Judge
+from ..errors import ArtefactError, ConfigError
+from ..estimators import Estimator
+from ..files import make_folder, read_json, write_json
+from ..joint import GivenReward, load_judge
+from ..kernels import Ancestral, Kernel
+from ..loading import load_backbone
+from ..provenance import versions
+from ..sampling import guided
+from .measure import DiagnosisSettings, diagnose, diagnosis_settings
+from .plots import diagnosis_panels
 
 REPORT = "diagnosis.json"
 

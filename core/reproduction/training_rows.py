@@ -1,7 +1,7 @@
 """The rows of the paper's training-time alignment (paper, section 6), for whatever models a world has.
 
 A row is data: a method with its settings, plain or stopped early. Running rows is
-:mod:`stitchvm.core.training_reproduction`'s part.
+:mod:`stitchvm.core.reproduction.training`'s part.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import attrs
 
-from .errors import ConfigError
-from .validators import whole_from
+from ..errors import ConfigError
+from ..validators import whole_from
 
 
 @attrs.frozen(kw_only=True)

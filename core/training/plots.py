@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, open_figure
+from ..plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, open_figure
 
 _NOTHING: Mapping[str, None] = {"mean": None, "stderr": None}
 """Of a part in an evaluation that knew no parts."""

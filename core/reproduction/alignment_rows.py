@@ -1,7 +1,7 @@
 """The rows of the paper's inference-time alignment (paper, section 5), for whatever models a world has.
 
 A row is data: a method, what estimates its value, and settings of :func:`~stitchvm.core.align`. Running rows is
-:mod:`stitchvm.core.reproduction`'s part.
+:mod:`stitchvm.core.reproduction.alignment`'s part.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import attrs
 
-from .errors import ConfigError
-from .records import MetricKind
-from .validators import one_of, whole_from
+from ..errors import ConfigError
+from ..records import MetricKind
+from ..validators import one_of, whole_from
 
 PLAIN = "plain"
 """The row that every gain is paired with."""

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 import torch
 
-from .alignment_result import check_same
-from .checkpoints import load_optimiser, optimiser_tensors, under
-from .costs import KINDS, peak_memory
-from .errors import ArtefactError, ConfigError, NonFiniteError
-from .files import read_metadata, read_tensors, write_json, write_tensors
+from ..alignment_result import check_same
+from ..checkpoints import load_optimiser, optimiser_tensors, under
+from ..costs import KINDS, peak_memory
+from ..errors import ArtefactError, ConfigError, NonFiniteError
+from ..files import read_metadata, read_tensors, write_json, write_tensors
+from ..provenance import sampled_identity, versions
+from ..structuring import plain
+from .evaluation import best_of
 from .policy import Policy
-from .provenance import sampled_identity, versions
-from .structuring import plain
-from .training_evaluation import best_of
-from .training_settings import TrainSettings
+from .settings import TrainSettings
 
 if TYPE_CHECKING:
-    from .training_evaluation import Gallery
-    from .training_problem import TrainingMethod, TrainProblem
+    from .evaluation import Gallery
+    from .problem import TrainingMethod, TrainProblem
 
 STATE, RECORD, BEST = "state.safetensors", "train.json", "best"
 
@@ -56,7 +56,7 @@ class TrainingRecord:
         prompts: Sequence[str],
     ) -> Self:  # fmt: skip
         """The record of a run that has not begun."""
-        from .alignment import estimator_identity, prompts_digest
+        from ..alignment import estimator_identity, prompts_digest
 
         training = plain(plan)
         # these change no weight
@@ -132,7 +132,7 @@ class TrainingRecord:
 
     def write(self, folder: Path) -> None:
         """``train.json``, and ``training.png`` once there is something to draw."""
-        from . import training_plots
+        from .plots import training_curves
 
         write_json(folder / RECORD, {
             "settings": self.settings, "seed": self.settings["seed"], "versions": versions(), "cost": self.cost(),
@@ -140,7 +140,7 @@ class TrainingRecord:
             "evaluations": self.evaluations, "history": self.history,
         })  # fmt: skip
         if len(self.evaluations) > 1:
-            training_plots.training_curves(self.evaluations, folder / "training.png")
+            training_curves(self.evaluations, folder / "training.png")
 
 
 @attrs.define(eq=False)

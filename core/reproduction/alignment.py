@@ -19,28 +19,28 @@ import attrs
 import torch
 from torch import Tensor
 
-from .alignment import align, reward_condition
-from .alignment_result import AlignResult
-from .backbone import Backbone
-from .datasets import judges_of
-from .errors import ConfigError, StitchError
-from .examples import GenerationSettings
-from .files import cache_key, make_folder, write_json, write_text
-from .finetune_settings import FinetuneSettings
-from .latent_space import misfit
-from .loading import load_backbone, load_dataset_plugin, load_reward
-from .metrics import metric_of
-from .progress import track
-from .provenance import network_identity, versions, weights_digest
-from .recipes import recipe as named_recipe
-from .reproduction_report import Expected, assemble, read_cell, write_report
-from .reproduction_tables import PLAIN, Pair, Row, Settings, Table, check_rows, table_of
-from .reproduction_values import ValueModels, equivalents, pass_costs
-from .reward import Reward
-from .sampling import chosen_guidance
-from .value import StitchedValue
-from .world_values import WorldStitcher
-from .worlds import Scale, World
+from ..alignment import align, reward_condition
+from ..alignment_result import AlignResult
+from ..backbone import Backbone
+from ..datasets import judges_of
+from ..errors import ConfigError, StitchError
+from ..examples import GenerationSettings
+from ..files import cache_key, make_folder, write_json, write_text
+from ..finetune_settings import FinetuneSettings
+from ..latent_space import misfit
+from ..loading import load_backbone, load_dataset_plugin, load_reward
+from ..metrics import metric_of
+from ..progress import track
+from ..provenance import network_identity, versions, weights_digest
+from ..recipes import recipe as named_recipe
+from ..reward import Reward
+from ..sampling import chosen_guidance
+from ..value import StitchedValue
+from ..world_values import WorldStitcher
+from ..worlds import Scale, World
+from .alignment_rows import PLAIN, Pair, Row, Settings, Table, check_rows, table_of
+from .report import Expected, assemble, read_cell, write_report
+from .values import ValueModels, equivalents, pass_costs
 
 
 def reproduce(

@@ -10,14 +10,14 @@ from typing import Any
 
 import attrs
 
-from . import alignment_plots
-from .comparison import mean_stderr, paired_gain
-from .costs import KINDS
-from .errors import ArtefactError
-from .files import read_json, write_json, write_text
-from .provenance import versions
-from .reproduction_tables import PLAIN, Row, Table
-from .worlds import World
+from ..comparison import mean_stderr, paired_gain
+from ..costs import KINDS
+from ..errors import ArtefactError
+from ..files import read_json, write_json, write_text
+from ..provenance import versions
+from ..worlds import World
+from . import plots
+from .alignment_rows import PLAIN, Row, Table
 
 
 @attrs.frozen
@@ -170,8 +170,8 @@ def write_report(report: Mapping[str, Any], folder: Path, *, pictures: bool = Tr
     if not pictures or not report["rows"]:
         return
     if name == "fig3":
-        alignment_plots.cost_curves(report, folder / f"{name}.png")
+        plots.cost_curves(report, folder / f"{name}.png")
     else:
-        alignment_plots.reward_bars(report, folder / f"{name}.png")
+        plots.reward_bars(report, folder / f"{name}.png")
     if any(row["best"] for row in report["rows"]):
-        alignment_plots.sweep_curves(report, folder / f"{name}-sweep.png")
+        plots.sweep_curves(report, folder / f"{name}-sweep.png")

@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, open_figure
+from ..plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, open_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

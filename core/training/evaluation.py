@@ -16,21 +16,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from .alignment import reward_condition
-from .alignment_result import GRID_IMAGES, sheet, write_png
-from .backbone import Backbone
-from .comparison import mean_stderr, paired_gain
-from .conditions import Condition
-from .datasets import Judge
-from .errors import ConfigError, NonFiniteError
-from .files import make_folder
-from .joint import AnyReward, JointReward, share_of
-from .particles import initial_noise
-from .provenance import network_identity
-from .records import name_of
-from .sampling import Denoiser
-from .sampling import sample as run_sampler
-from .training_problem import TrainProblem
+from ..alignment import reward_condition
+from ..alignment_result import GRID_IMAGES, sheet, write_png
+from ..backbone import Backbone
+from ..comparison import mean_stderr, paired_gain
+from ..conditions import Condition
+from ..datasets import Judge
+from ..errors import ConfigError, NonFiniteError
+from ..files import make_folder
+from ..joint import AnyReward, JointReward, share_of
+from ..particles import initial_noise
+from ..provenance import network_identity
+from ..records import name_of
+from ..sampling import Denoiser
+from ..sampling import sample as run_sampler
+from .problem import TrainProblem
 
 Scores = Sequence[float | None]
 """One a prompt; None where there was no finite one."""

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import attrs
 from accelerate.utils import parse_flag_from_env
 
-from .errors import ConfigError
-from .lora import LoraSettings
-from .structuring import with_config_errors
-from .validators import whole_from
+from ..errors import ConfigError
+from ..lora import LoraSettings
+from ..structuring import with_config_errors
+from ..validators import whole_from
 
 positive: Any = attrs.validators.and_(attrs.validators.gt(0), attrs.validators.lt(math.inf))
 optional_positive: Any = attrs.validators.optional(positive)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attention import gradient_in
-from .costs import CostMeter
-from .errors import ConfigError, NonFiniteError
-from .estimators import Estimator, Prompted
-from .kernels import Kernel
-from .monte_carlo import MonteCarlo
-from .paths import as_sigma
-from .ranking import Trajectories
-from .readings import Reading, kept, total_costs
-from .seeds import stream_seed
+from ..attention import gradient_in
+from ..costs import CostMeter
+from ..errors import ConfigError, NonFiniteError
+from ..estimators import Estimator, Prompted
+from ..kernels import Kernel
+from ..monte_carlo import MonteCarlo
+from ..paths import as_sigma
+from ..ranking import Trajectories
+from ..readings import Reading, kept, total_costs
+from ..seeds import stream_seed
 
 COSINES, LENGTHS = "cosines/", "lengths"
 """Names of what is kept of a level: before an estimator's name its cosines and their cost, and the reference's."""

@@ -18,21 +18,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from .alignment import check_latents, checked_prompts, estimator_identity, latent_size, prompts_digest
-from .backbone import Backbone
-from .comparison import mean_stderr
-from .datasets import Judge
-from .errors import ConfigError, NonFiniteError
-from .estimators import Estimator
-from .files import cache_key, make_folder
+from ..alignment import check_latents, checked_prompts, estimator_identity, latent_size, prompts_digest
+from ..backbone import Backbone
+from ..comparison import mean_stderr
+from ..datasets import Judge
+from ..errors import ConfigError, NonFiniteError
+from ..estimators import Estimator
+from ..files import cache_key, make_folder
+from ..joint import AnyReward, GivenReward, load_judge
+from ..kernels import Ancestral, Kernel, Ode
+from ..loading import load_backbone
+from ..provenance import network_identity, sampled_identity, versions
+from ..ranking import SIGMAS, Ranking, Trajectories, differing
+from ..sampling import chosen_guidance, guided
+from ..validators import whole_from
 from .gradients import Gradients, compare_gradients, per_latent
-from .joint import AnyReward, GivenReward, load_judge
-from .kernels import Ancestral, Kernel, Ode
-from .loading import load_backbone
-from .provenance import network_identity, sampled_identity, versions
-from .ranking import SIGMAS, Ranking, Trajectories, differing
-from .sampling import chosen_guidance, guided
-from .validators import whole_from
 
 Figure = tuple[float | None, float | None]
 """A figure and its standard error; None where there is none (a slope on constant values, an error from one prompt)."""

@@ -1,0 +1,1 @@
+"""What a value is worth where it is used: along the generator's own samples."""

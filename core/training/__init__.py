@@ -1,0 +1,1 @@
+"""Training a backbone towards a high value, by whatever method (paper, section 6)."""
