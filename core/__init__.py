@@ -10,13 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .alignment import AlignResult, align
+    from .alignment.callbacks import GuidanceCallback, ResamplingCallback
+    from .alignment.particles import Particles, Resampling
+    from .alignment.problem import Aligner, AlignProblem, Look
+    from .alignment.resampling import RESAMPLERS, effective_sample_size
+    from .alignment.run import AlignResult, align
+    from .alignment.steering import steer
+    from .alignment.swarm import Swarm
+    from .alignment.windows import StepUnit, Window, steps_at, steps_within
     from .backbone import Backbone, NoisyLatent
-    from .callbacks import GuidanceCallback, ResamplingCallback
     from .conditions import Condition, concatenate
     from .costs import CostMeter, count
     from .datasets import Captioned, CaptionedDataset, PreferenceDataset, Preferences, Rated, RatedDataset
-    from .diagnosis.measure import Diagnosis, diagnose
+    from .diagnosis.run import Diagnosis, diagnose
     from .discovery import PluginFailure
     from .errors import (
         ArtefactError,
@@ -35,7 +41,6 @@ if TYPE_CHECKING:
     )
     from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
     from .evaluation import evaluate
-    from .finetune_settings import FinetuneSettings
     from .hookspecs import hookimpl
     from .joint import JointReward
     from .kernels import KERNELS, Ancestral, Cps, Kernel, Ode, OnPath, Sde, Transition
@@ -52,12 +57,9 @@ if TYPE_CHECKING:
     )
     from .lora import LoraSettings, with_lora
     from .monte_carlo import MonteCarlo
-    from .particles import Particles, Resampling
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
     from .planning import Plan, plan
-    from .problem import Aligner, AlignProblem, Look
     from .ranking import Ranking, rank_seeds
-    from .recipes import recipe
     from .records import (
         SPEC_VERSION,
         AlignerRecord,
@@ -70,34 +72,38 @@ if TYPE_CHECKING:
         name_of,
     )
     from .registries import Registry, pairs, registry
-    from .resampling import RESAMPLERS, effective_sample_size
     from .reward import Reward, RewardOutput, Tail
     from .sampling import Denoiser, sample, seeded_noise
-    from .search_result import JointSearch, SearchResult
-    from .searching import search, search_jointly
     from .slicing import LATENT, FeatureInfo, Head, Sliced, State
     from .sources import resolve_source
-    from .steering import steer
-    from .stitching import stitch
+    from .stitching.finetune_settings import FinetuneSettings
+    from .stitching.recipes import recipe
+    from .stitching.run import stitch
+    from .stitching.search_result import JointSearch, SearchResult
+    from .stitching.searching import search, search_jointly
     from .structuring import with_config_errors
-    from .swarm import Swarm
     from .training.policy import Policy
     from .training.problem import Experience, Rows, StopWindow, TrainingMethod, TrainProblem, Update, spread_seed
+    from .training.run import TrainResult, train
     from .training.settings import TrainSettings
-    from .training.trainer import TrainResult, train
     from .validators import number_above, number_within, whole_from
     from .value import StitchedValue
-    from .windows import StepUnit, Window, steps_at, steps_within
 
 # No sub-module may bear the name of a public attribute: importing it would put the module in the attribute's place.
 _PUBLIC = {
-    "alignment": ("AlignResult", "align"),
+    "alignment.callbacks": ("GuidanceCallback", "ResamplingCallback"),
+    "alignment.particles": ("Particles", "Resampling"),
+    "alignment.problem": ("AlignProblem", "Aligner", "Look"),
+    "alignment.resampling": ("RESAMPLERS", "effective_sample_size"),
+    "alignment.run": ("AlignResult", "align"),
+    "alignment.steering": ("steer",),
+    "alignment.swarm": ("Swarm",),
+    "alignment.windows": ("StepUnit", "Window", "steps_at", "steps_within"),
     "backbone": ("Backbone", "NoisyLatent"),
-    "callbacks": ("GuidanceCallback", "ResamplingCallback"),
     "conditions": ("Condition", "concatenate"),
     "costs": ("CostMeter", "count"),
     "datasets": ("Captioned", "CaptionedDataset", "PreferenceDataset", "Preferences", "Rated", "RatedDataset"),
-    "diagnosis.measure": ("Diagnosis", "diagnose"),
+    "diagnosis.run": ("Diagnosis", "diagnose"),
     "discovery": ("PluginFailure",),
     "errors": (
         "ArtefactError",
@@ -116,7 +122,6 @@ _PUBLIC = {
     ),
     "estimators": ("Estimator", "Prompted", "Stitched", "Sum", "Tweedie", "clean_reward"),
     "evaluation": ("evaluate",),
-    "finetune_settings": ("FinetuneSettings",),
     "hookspecs": ("hookimpl",),
     "joint": ("JointReward",),
     "kernels": ("KERNELS", "Ancestral", "Cps", "Kernel", "Ode", "OnPath", "Sde", "Transition"),
@@ -131,13 +136,11 @@ _PUBLIC = {
         "load_dataset_plugin",
         "load_reward",
     ),
+    "lora": ("LoraSettings", "with_lora"),
     "monte_carlo": ("MonteCarlo",),
-    "particles": ("Particles", "Resampling"),
     "paths": ("FlowPath", "Path", "Prediction", "PredictionKind", "VariancePreservingPath", "as_sigma", "spread"),
     "planning": ("Plan", "plan"),
-    "problem": ("AlignProblem", "Aligner", "Look"),
     "ranking": ("Ranking", "rank_seeds"),
-    "recipes": ("recipe",),
     "records": (
         "SPEC_VERSION",
         "AlignerRecord",
@@ -150,25 +153,22 @@ _PUBLIC = {
         "name_of",
     ),
     "registries": ("Registry", "pairs", "registry"),
-    "resampling": ("RESAMPLERS", "effective_sample_size"),
     "reward": ("Reward", "RewardOutput", "Tail"),
     "sampling": ("Denoiser", "sample", "seeded_noise"),
-    "search_result": ("JointSearch", "SearchResult"),
-    "searching": ("search", "search_jointly"),
     "slicing": ("LATENT", "FeatureInfo", "Head", "Sliced", "State"),
     "sources": ("resolve_source",),
-    "steering": ("steer",),
-    "stitching": ("stitch",),
+    "stitching.finetune_settings": ("FinetuneSettings",),
+    "stitching.recipes": ("recipe",),
+    "stitching.run": ("stitch",),
+    "stitching.search_result": ("JointSearch", "SearchResult"),
+    "stitching.searching": ("search", "search_jointly"),
     "structuring": ("with_config_errors",),
-    "swarm": ("Swarm",),
-    "lora": ("LoraSettings", "with_lora"),
     "training.policy": ("Policy",),
-    "training.trainer": ("TrainResult", "train"),
     "training.problem": ("Experience", "Rows", "StopWindow", "TrainProblem", "TrainingMethod", "Update", "spread_seed"),
+    "training.run": ("TrainResult", "train"),
     "training.settings": ("TrainSettings",),
     "validators": ("number_above", "number_within", "whole_from"),
     "value": ("StitchedValue",),
-    "windows": ("StepUnit", "Window", "steps_at", "steps_within"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, NoisyLatent
 from .errors import SliceError
-from .finetune_settings import FinetuneSettings
 from .layer import StitchingLayer
 from .loading import as_dtype
 from .metering import metered
-from .objectives import distillation_loss
 from .reward import Reward, Tail
 from .slicing import Head, Sliced, taps_before
+from .stitching.finetune_settings import FinetuneSettings
+from .stitching.objectives import distillation_loss
 from .value import Branch, Interface
 
 META = torch.device("meta")

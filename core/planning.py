@@ -20,8 +20,8 @@ from .metered_networks import Cost, MeteredBackbone, MeteredReward, MeteredValue
 from .records import BackboneRecord, RewardRecord
 from .registries import registry
 from .reward import Reward
-from .searching import DEEPEST_BLOCK, JUDGED_EVERY
 from .slicing import checked_taps
+from .stitching.searching import DEEPEST_BLOCK, JUDGED_EVERY
 from .value import Interface
 
 ADAM = 4

@@ -14,7 +14,7 @@ import attrs
 from torch import Tensor
 
 from . import plots
-from .alignment import AlignResult, align
+from .alignment.run import AlignResult, align
 from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
 from .costs import Clock
@@ -22,17 +22,17 @@ from .datasets import CaptionedDataset
 from .estimators import Stitched, Tweedie
 from .evaluation import Retrieval, retrieval
 from .files import make_folder, write_json
-from .finetune_settings import FinetuneSettings
 from .images import ImageSource, open_images
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .provenance import versions
 from .ranking import Ranking, rank_seeds
-from .recipes import recipe
 from .report import write_report
 from .reward import Reward
-from .search_result import SearchResult
-from .searching import search
-from .stitching import VAE_STITCHING, stitch
+from .stitching.finetune_settings import FinetuneSettings
+from .stitching.recipes import recipe
+from .stitching.run import VAE_STITCHING, stitch
+from .stitching.search_result import SearchResult
+from .stitching.searching import search
 from .value import StitchedValue
 
 BACKBONE, REWARD, DATASET = "shapes-mmdit", "shapes-clip", "shapes"

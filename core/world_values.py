@@ -11,9 +11,7 @@ from typing import Any
 import attrs
 
 from .backbone import Backbone
-from .examples import GenerationSettings
 from .files import cache_key, read_json, write_json
-from .finetune_settings import FinetuneSettings
 from .images import ImageSource, open_images
 from .joint import JointReward, load_rewards
 from .metrics import metric_of
@@ -21,7 +19,9 @@ from .provenance import network_identity
 from .records import MetricKind, name_of
 from .reward import Reward
 from .skills import SkillData
-from .stitching import stitch
+from .stitching.examples import GenerationSettings
+from .stitching.finetune_settings import FinetuneSettings
+from .stitching.run import stitch
 from .value import StitchedValue
 from .worlds import Scale, cell_name
 

@@ -6,8 +6,8 @@ import torch
 
 from analytic import GaussianBackbone, MomentReward
 from stitchvm.core import AlignProblem, Condition, Denoiser, Estimator, Particles, Prompted
+from stitchvm.core.alignment.particles import initial_noise, step_generators
 from stitchvm.core.estimators import clean_reward
-from stitchvm.core.particles import initial_noise, step_generators
 
 
 def problem(

@@ -25,8 +25,8 @@ from stitchvm.core import (
     load_aligner,
     sample,
 )
+from stitchvm.core.alignment.particles import initial_noise
 from stitchvm.core.cli.options import key_values
-from stitchvm.core.particles import initial_noise
 
 PROMPTS = ["0", "1", "2", "-1", "0.5"]
 

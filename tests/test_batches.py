@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stitchvm.core.batches import share_of
+from stitchvm.core.stitching.batches import share_of
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -15,7 +15,7 @@ from results import summary
 from stitchvm.core import ConfigError, Policy, StitchedValue, load_backbone, registry
 from stitchvm.core.cli.options import levels, numbers
 from stitchvm.core.cli.stitch import read_recipe
-from stitchvm.core.recipes import recipe
+from stitchvm.core.stitching.recipes import recipe
 from test_policy import moved
 from training_worlds import LORA
 

@@ -22,7 +22,7 @@ from stitchvm.core import (
     diagnose,
 )
 from stitchvm.core.diagnosis.gradients import compare_gradients, cosine
-from stitchvm.core.diagnosis.measure import calibration
+from stitchvm.core.diagnosis.run import calibration
 from stitchvm.core.ranking import Trajectories, rank_seeds
 
 QUIET = {"guidance_scale": 1.0, "progress": False}

@@ -17,7 +17,7 @@ from pipelines import write_pipeline
 from stitchvm import core
 from stitchvm.core import ConfigError, CostMeter, MonteCarlo, NonFiniteError, Ode, Sde, Tweedie, registry
 from stitchvm.core.diagnosis import report as diagnosis_report
-from stitchvm.core.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from test_policy import moved
 from toy_world import DATASET
 from training_worlds import LORA

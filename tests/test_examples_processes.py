@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from analytic import GaussianBackbone, LinearReward
-from stitchvm.core.examples import CleanBatch, Examples, build_examples, from_images
 from stitchvm.core.images import open_images
+from stitchvm.core.stitching.examples import CleanBatch, Examples, build_examples, from_images
 from test_finetune import gaussian_images
 from test_training_processes import start_two
 

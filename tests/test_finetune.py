@@ -13,15 +13,22 @@ import killing
 from analytic import GaussianBackbone, LinearReward, MomentReward, QuadraticReward
 from families import clip
 from stitchvm import core
-from stitchvm.core.batches import GROUP, Batches, draw_sigma, join_sources
-from stitchvm.core.examples import CleanBatch, Examples, GenerationSettings, build_examples, from_images, from_samples
 from stitchvm.core.files import read_tensors, write_tensors
-from stitchvm.core.finetune import finetune
-from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.images import open_images
-from stitchvm.core.objectives import distillation_loss, predicted_score
 from stitchvm.core.reward import RewardOutput
-from stitchvm.core.stitching import initial_value
+from stitchvm.core.stitching.batches import GROUP, Batches, draw_sigma, join_sources
+from stitchvm.core.stitching.examples import (
+    CleanBatch,
+    Examples,
+    GenerationSettings,
+    build_examples,
+    from_images,
+    from_samples,
+)
+from stitchvm.core.stitching.finetune import finetune
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.objectives import distillation_loss, predicted_score
+from stitchvm.core.stitching.run import initial_value
 
 ANALYTIC = FinetuneSettings(
     steps=700, batch_size=256, learning_rate=2e-3, layer_multiplier=5.0, warmup_steps=10, schedule="cosine",
@@ -153,9 +160,7 @@ def test_states_of_the_sampler_teach_what_becomes_of_them(tmp_path: Path, on_pol
     torch.manual_seed(0)
     value = untrained(reward)
     samples = own_samples(tmp_path / "train", reward, 4096, states=16)
-    finetune(
-        value, None, attrs.evolve(ANALYTIC, generated=1.0, on_policy=on_policy), samples=samples, progress=False
-    )
+    finetune(value, None, attrs.evolve(ANALYTIC, generated=1.0, on_policy=on_policy), samples=samples, progress=False)
     fresh = own_samples(tmp_path / "test", reward, 512, states=16, seed=1).read(range(512))
     truth = fresh["LinearReward/score"]
     with torch.no_grad():

@@ -11,14 +11,21 @@ import torch
 
 from families import clip, mmdit
 from stitchvm import core
-from stitchvm.core.examples import Examples, GenerationSettings, Latents, build_examples, from_images, from_samples
 from stitchvm.core.files import read_tensors, write_tensors
-from stitchvm.core.finetune import finetune
-from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.images import open_images
-from stitchvm.core.objectives import hidden_loss
-from stitchvm.core.optimisers import Optimisers
-from stitchvm.core.stitching import initial_value
+from stitchvm.core.stitching.examples import (
+    Examples,
+    GenerationSettings,
+    Latents,
+    build_examples,
+    from_images,
+    from_samples,
+)
+from stitchvm.core.stitching.finetune import finetune
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.objectives import hidden_loss
+from stitchvm.core.stitching.optimisers import Optimisers
+from stitchvm.core.stitching.run import initial_value
 from test_training_processes import assert_close, start_two
 
 RECIPE = FinetuneSettings(

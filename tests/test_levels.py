@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from stitchvm.core.levels import LEVELS, LevelBalance
+from stitchvm.core.stitching.levels import LEVELS, LevelBalance
 
 
 @pytest.fixture(scope="module")

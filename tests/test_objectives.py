@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from families import clip
-from stitchvm.core.objectives import LEAST_SPREAD, predicted_score, ranking_loss
 from stitchvm.core.reward import RewardOutput
+from stitchvm.core.stitching.objectives import LEAST_SPREAD, predicted_score, ranking_loss
 
 
 def test_ranking_loss_is_one_minus_the_mean_correlation_of_the_groups() -> None:

@@ -17,10 +17,6 @@ from torch import Tensor
 import reward_families
 from stitchvm import core
 from stitchvm.core import Backbone, Reward, artefact
-from stitchvm.core.batches import Batches
-from stitchvm.core.examples import Examples, GenerationSettings
-from stitchvm.core.finetune import finetune
-from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.grids import resample
 from stitchvm.core.images import open_images
 from stitchvm.core.layer import StitchingLayer
@@ -28,8 +24,12 @@ from stitchvm.core.metered_networks import META, MeteredBackbone, MeteredReward,
 from stitchvm.core.metering import metered
 from stitchvm.core.pairing import registered_pairs
 from stitchvm.core.reward import Tail
-from stitchvm.core.searching import DEEPEST_BLOCK
-from stitchvm.core.stitching import StitchSettings, initial_value, training_examples
+from stitchvm.core.stitching.batches import Batches
+from stitchvm.core.stitching.examples import Examples, GenerationSettings
+from stitchvm.core.stitching.finetune import finetune
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.run import StitchSettings, initial_value, training_examples
+from stitchvm.core.stitching.searching import DEEPEST_BLOCK
 from stitchvm.core.value import Interface, StitchedValue
 
 RECIPE = FinetuneSettings(steps=4, batch_size=4, learning_rate=3e-5, warmup_steps=0, noise="uniform", generated=0.5)

@@ -23,7 +23,7 @@ from stitchvm.core import (
     effective_sample_size,
     load_aligner,
 )
-from stitchvm.core.particles import initial_noise
+from stitchvm.core.alignment.particles import initial_noise
 
 POTENTIALS = ("diff", "max", "add", "rt")
 PROMPTS = 40

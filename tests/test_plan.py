@@ -20,15 +20,15 @@ import reward_families
 from families import clip_architecture, write_clip
 from pipelines import KINDS, pipeline_record, write_pipeline
 from stitchvm import core
-from stitchvm.core.examples import build_examples, from_images
-from stitchvm.core.finetune import finetune
-from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.images import open_images
 from stitchvm.core.metered_networks import MeteredBackbone, MeteredReward
 from stitchvm.core.metering import metered
 from stitchvm.core.planning import Plan, PlanSettings, plan, plan_networks
 from stitchvm.core.sampling import Denoiser, sample, seeded_noise
-from stitchvm.core.stitching import initial_value
+from stitchvm.core.stitching.examples import build_examples, from_images
+from stitchvm.core.stitching.finetune import finetune
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.run import initial_value
 from stitchvm.core.value import Interface
 
 # every backbone family and every reward family

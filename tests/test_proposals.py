@@ -11,8 +11,8 @@ import torch
 from analytic import GaussianBackbone, LinearReward, exact_stitched
 from problems import problem
 from stitchvm.core import AlignProblem, Condition, CostMeter, Stitched, as_sigma, load_aligner
+from stitchvm.core.alignment.particles import step_generators
 from stitchvm.core.conditions import concatenate
-from stitchvm.core.particles import step_generators
 from stitchvm.core.reuse import BegunPasses
 
 ROWS = 6

@@ -63,7 +63,7 @@ def test_values_are_read_at_the_latents_the_rewards_come_from():
     ranking = rank_seeds(backbone, {"tweedie": Tweedie(reward)}, reward, ["0", "1"], seeds=3, steps=4, seed=5,
                          sigmas=(0.5,), batch=4, **QUIET)  # fmt: skip
     from stitchvm.core import Denoiser, sample
-    from stitchvm.core.particles import initial_noise
+    from stitchvm.core.alignment.particles import initial_noise
 
     noise = initial_noise(5, [1], 3, (3, 2, 2))[0]
     condition = backbone.encode_prompts(["1"]).expand(3)

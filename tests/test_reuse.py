@@ -27,8 +27,8 @@ from stitchvm.core import (
     align,
     load_aligner,
 )
+from stitchvm.core.alignment.particles import initial_noise, step_generators
 from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.particles import initial_noise, step_generators
 from stitchvm.core.reuse import BegunPasses, PassKeeper, joined
 from stitchvm.core.value import Branch
 

@@ -11,7 +11,7 @@ import families
 import reward_families
 from stitchvm import core
 from stitchvm.core import Condition, ConfigError, Reward, RewardOutput, SliceError, Tail, artefact
-from stitchvm.core.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 
 
 @pytest.fixture(params=reward_families.REWARDS, ids=lambda name: f"reward-{name}", scope="module")
@@ -55,7 +55,6 @@ def test_a_tail_from_any_block_is_the_rest_of_the_model(reward, pixels, parity):
         gone = (*reward.block_modules[: j - 1], *(set(reward.stem_modules) - set(reward.enter_modules)))
         assert not [n for n in names if any(n == path or n.startswith(path + ".") for path in gone)], j
     parity("tail(prefix)", f"j 1-{reward.depth + 1}")
-
 
 
 def test_positions_are_added_only_when_asked_and_only_where_the_model_has_them(reward, pixels):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analytic import CONTRAST, GaussianBackbone, LinearReward
 from stitchvm import core
-from stitchvm.core.regression import RegressionStatistics
+from stitchvm.core.stitching.regression import RegressionStatistics
 
 
 def features(rank: int, rows: int = 600, c_in: int = 12, c_out: int = 5) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def test_search_fits_every_pair_by_least_squares_on_cached_features() -> None:
         backbone, reward, images=list(images(64)), blocks=(1, 2), probes=64, batch=8, progress=False, criterion="mse"
     )
     from stitchvm.core.images import open_images
-    from stitchvm.core.searching import ProbeStream
+    from stitchvm.core.stitching.searching import ProbeStream
 
     stream = ProbeStream(backbone, {"x": reward}, open_images(list(images(64))), (2,), 64, None, 8, 0, False)
     sources, targets = [], []

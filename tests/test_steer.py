@@ -16,9 +16,9 @@ from analytic import LinearReward
 from pipelines import KINDS, open_pipeline, write_pipeline
 from stitchvm import core
 from stitchvm.core import LATENT, ConfigError, Head, StitchedValue, Tail, backbone_from, name_of, steer
-from stitchvm.core.alignment_result import AlignResult
+from stitchvm.core.alignment.particles import initial_noise
+from stitchvm.core.alignment.result import AlignResult
 from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.particles import initial_noise
 from stitchvm.core.value import Branch
 
 EACH = pytest.mark.parametrize("kind", KINDS)

@@ -14,9 +14,9 @@ from torchvision.transforms.functional import to_pil_image
 from analytic import GaussianBackbone, LinearReward
 from families import clip, flux, mmdit
 from stitchvm import core
-from stitchvm.core.examples import CleanBatch, GenerationSettings, from_samples
 from stitchvm.core.files import make_folder, read_metadata
-from stitchvm.core.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.examples import CleanBatch, GenerationSettings, from_samples
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from test_finetune import gaussian_images
 from test_policy import moved
 from training_worlds import LORA

@@ -13,10 +13,10 @@ import families
 from analytic import GaussianBackbone, LinearReward
 from stitchvm import core
 from stitchvm.core import artefact
-from stitchvm.core.alignment import estimator_identity
-from stitchvm.core.finetune_settings import FinetuneSettings
+from stitchvm.core.alignment.run import estimator_identity
 from stitchvm.core.images import open_images
-from stitchvm.core.searching import ProbeStream
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.searching import ProbeStream
 
 BUILT = {
     "mmdit": (families.mmdit, families.mmdit_input),

@@ -16,9 +16,9 @@ import families
 from analytic import LinearReward
 from stitchvm import core
 from stitchvm.core import LoraSettings, Policy, TrainSettings
+from stitchvm.core.alignment.particles import initial_noise
 from stitchvm.core.checkpoints import under
 from stitchvm.core.files import read_tensors
-from stitchvm.core.particles import initial_noise
 from stitchvm.core.records import name_of
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
 from stitchvm.plugins.aligners.draft import Draft

@@ -10,7 +10,7 @@ import torch
 import families
 from stitchvm import core
 from stitchvm.core import Update
-from stitchvm.core.training.trainer import training_settings
+from stitchvm.core.training.run import training_settings
 from stitchvm.plugins.aligners.diffusion_dpo import DiffusionDpo
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
 from stitchvm.plugins.aligners.draft import Draft

@@ -19,7 +19,7 @@ from stitchvm.core.costs import CostMeter
 from stitchvm.core.devices import VARIABLE
 from stitchvm.core.files import read_tensors, write_tensors
 from stitchvm.core.processes import join_group
-from stitchvm.core.training import trainer as training
+from stitchvm.core.training import run as training
 from stitchvm.plugins.aligners.draft import Draft
 from test_training import PROMPTS, assert_equal, lora_of, run
 from training_worlds import Brightness

@@ -31,9 +31,9 @@ from stitchvm.core import (
     load_backbone,
     registry,
 )
-from stitchvm.core.finetune_settings import FinetuneSettings
 from stitchvm.core.latent_space import misfit
-from stitchvm.core.stitching import VAE_STITCHING
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.run import VAE_STITCHING
 from toy_world import BACKBONE, redrawn
 
 SETTINGS: dict[str, Any] = {"steps": 3, "particles": 2, "strength": 60.0, "progress": False}

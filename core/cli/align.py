@@ -14,7 +14,7 @@ from .output import Json, print_json, print_table
 from .training import train_and_print
 
 if TYPE_CHECKING:
-    from ..alignment_result import AlignResult
+    from ..alignment.result import AlignResult
 
 
 def command(
@@ -88,7 +88,7 @@ def command(
 
     Training with several processes: accelerate launch -m stitchvm.core.cli align ...
     """
-    from ..alignment import align
+    from ..alignment.run import align
     from ..prompts import open_prompts
     from ..registries import registry
 

@@ -30,7 +30,7 @@ def command(
     from .. import plots
     from ..files import make_folder
     from ..images import open_images
-    from ..searching import search_jointly
+    from ..stitching.searching import search_jointly
 
     folder = None if out is None else make_folder(out)
     source = open_images(images, probes)
@@ -59,7 +59,7 @@ def command(
 
 def _print(report: dict[str, Any]) -> None:
     from ..plots import place
-    from ..search_result import CRITERIA
+    from ..stitching.search_result import CRITERIA
 
     chosen = report["criterion"]
     ranked = sorted(report["grid"], key=lambda cell: cell[chosen])[:_SHOWN]

@@ -26,7 +26,7 @@ from .options import (
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..finetune_settings import FinetuneSettings
+    from ..stitching.finetune_settings import FinetuneSettings
     from ..value import StitchedValue
 
 _SAME = "(default: the recipe's)"
@@ -91,10 +91,10 @@ def command(
 
     Several rewards share one head; the value is their weighted sum.
     """
-    from ..examples import GenerationSettings
     from ..images import open_images
     from ..prompts import open_prompts
-    from ..stitching import stitch
+    from ..stitching.examples import GenerationSettings
+    from ..stitching.run import stitch
 
     given = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "generated": generated, "seed": seed
@@ -129,8 +129,8 @@ def command(
 def read_recipe(source: str, changes: dict[str, Any]) -> FinetuneSettings:
     """A recipe by name, or from a TOML file whose ``base`` names the one that it changes (the paper's where it has
     none), with ``changes``; :class:`ConfigError` names what is wrong in it."""
-    from ..finetune_settings import FinetuneSettings
-    from ..recipes import recipe
+    from ..stitching.finetune_settings import FinetuneSettings
+    from ..stitching.recipes import recipe
     from ..structuring import plain, structure
 
     path = Path(source).expanduser()
@@ -153,7 +153,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str, start_from: Path | None) -> dict[str, Any]:
     """The settings that say where to cut; none where an earlier value model does."""
-    from ..stitching import VAE_STITCHING
+    from ..stitching.run import VAE_STITCHING
 
     if sum((interface is not None, vae, cuts is not None, start_from is not None)) > 1:
         raise ConfigError("--interface, --vae, --cuts and --start-from each say where to cut; give one of them.")

@@ -24,8 +24,8 @@ def train_and_print(
 
     from ..prompts import judges_of_prompts, open_prompts
     from ..registries import registry
+    from ..training.run import train
     from ..training.state import BEST
-    from ..training.trainer import train
 
     prompts = open_prompts(source, count, split="train")
     of_dataset = source in registry().datasets

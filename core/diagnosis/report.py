@@ -17,8 +17,8 @@ from ..kernels import Ancestral, Kernel
 from ..loading import load_backbone
 from ..provenance import versions
 from ..sampling import guided
-from .measure import DiagnosisSettings, diagnose, diagnosis_settings
 from .plots import diagnosis_panels
+from .run import DiagnosisSettings, diagnose, diagnosis_settings
 
 REPORT = "diagnosis.json"
 

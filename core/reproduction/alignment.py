@@ -19,22 +19,22 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..alignment import align, reward_condition
-from ..alignment_result import AlignResult
+from ..alignment.result import AlignResult
+from ..alignment.run import align, reward_condition
 from ..backbone import Backbone
 from ..datasets import judges_of
 from ..errors import ConfigError, StitchError
-from ..examples import GenerationSettings
 from ..files import cache_key, make_folder, write_json, write_text
-from ..finetune_settings import FinetuneSettings
 from ..latent_space import misfit
 from ..loading import load_backbone, load_dataset_plugin, load_reward
 from ..metrics import metric_of
 from ..progress import track
 from ..provenance import network_identity, versions, weights_digest
-from ..recipes import recipe as named_recipe
 from ..reward import Reward
 from ..sampling import chosen_guidance
+from ..stitching.examples import GenerationSettings
+from ..stitching.finetune_settings import FinetuneSettings
+from ..stitching.recipes import recipe as named_recipe
 from ..value import StitchedValue
 from ..world_values import WorldStitcher
 from ..worlds import Scale, World

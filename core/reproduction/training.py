@@ -23,19 +23,19 @@ from ..backbone import Backbone
 from ..comparison import mean_stderr
 from ..datasets import judges_of
 from ..errors import ConfigError, StitchError
-from ..examples import GenerationSettings
 from ..files import cache_key, make_folder, read_json, write_json, write_text
-from ..finetune_settings import FinetuneSettings
 from ..joint import JointReward
 from ..loading import load_backbone, load_dataset_plugin, load_reward
 from ..lora import LoraSettings
 from ..provenance import versions
-from ..recipes import recipe as named_recipe
 from ..reward import Reward
+from ..stitching.examples import GenerationSettings
+from ..stitching.finetune_settings import FinetuneSettings
+from ..stitching.recipes import recipe as named_recipe
 from ..training.plots import comparison_curves
+from ..training.run import train
 from ..training.settings import TrainSettings
 from ..training.state import RECORD
-from ..training.trainer import train
 from ..value import StitchedValue
 from ..world_values import WorldStitcher
 from ..worlds import Scale, World, cell_name

@@ -10,12 +10,12 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..alignment.particles import Particles, initial_noise, step_generators
+from ..alignment.problem import AlignProblem
 from ..costs import CostMeter
 from ..errors import ConfigError, NonFiniteError, StitchError
 from ..estimators import Estimator, Prompted, clean_reward
-from ..particles import Particles, initial_noise, step_generators
 from ..paths import Prediction
-from ..problem import AlignProblem
 from ..sampling import Denoiser
 from ..structuring import plain, structure
 from .checks import check

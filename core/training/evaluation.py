@@ -16,8 +16,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..alignment import reward_condition
-from ..alignment_result import GRID_IMAGES, sheet, write_png
+from ..alignment.particles import initial_noise
+from ..alignment.result import GRID_IMAGES, sheet, write_png
+from ..alignment.run import reward_condition
 from ..backbone import Backbone
 from ..comparison import mean_stderr, paired_gain
 from ..conditions import Condition
@@ -25,7 +26,6 @@ from ..datasets import Judge
 from ..errors import ConfigError, NonFiniteError
 from ..files import make_folder
 from ..joint import AnyReward, JointReward, share_of
-from ..particles import initial_noise
 from ..provenance import network_identity
 from ..records import name_of
 from ..sampling import Denoiser

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 import torch
 
-from ..alignment_result import check_same
+from ..alignment.result import check_same
 from ..checkpoints import load_optimiser, optimiser_tensors, under
 from ..costs import KINDS, peak_memory
 from ..errors import ArtefactError, ConfigError, NonFiniteError
@@ -56,7 +56,7 @@ class TrainingRecord:
         prompts: Sequence[str],
     ) -> Self:  # fmt: skip
         """The record of a run that has not begun."""
-        from ..alignment import estimator_identity, prompts_digest
+        from ..alignment.run import estimator_identity, prompts_digest
 
         training = plain(plan)
         # these change no weight

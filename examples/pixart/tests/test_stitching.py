@@ -9,7 +9,7 @@ import torch
 
 from stitchvm import core
 from stitchvm.core import artefact
-from stitchvm.core.finetune_settings import FinetuneSettings
+from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 
 DISTRIBUTION = "stitchvm-pixart-example"
 PAIRS = [

@@ -13,26 +13,26 @@ import attrs
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .alignment_result import AlignResult, PartStore
-from .backbone import Backbone
-from .conditions import Condition
-from .costs import CostMeter
-from .errors import ConfigError
-from .estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
-from .joint import AnyReward, GivenReward, JointReward, load_judge
-from .latent_space import misfit
-from .loading import load_aligner, load_backbone
-from .lora import with_lora
-from .monte_carlo import MonteCarlo
+from ..backbone import Backbone
+from ..conditions import Condition
+from ..costs import CostMeter
+from ..errors import ConfigError
+from ..estimators import Estimator, Prompted, Stitched, Sum, Tweedie, clean_reward
+from ..joint import AnyReward, GivenReward, JointReward, load_judge
+from ..latent_space import misfit
+from ..loading import load_aligner, load_backbone
+from ..lora import with_lora
+from ..monte_carlo import MonteCarlo
+from ..provenance import network_identity, sampled_identity, weights_digest
+from ..records import name_of
+from ..reuse import BegunPasses
+from ..sampling import Denoiser, guided
+from ..structuring import plain, structure, with_config_errors
+from ..validators import whole_from
+from ..value import StitchedValue
 from .particles import initial_noise, step_generators
 from .problem import Aligner, AlignProblem
-from .provenance import network_identity, sampled_identity, weights_digest
-from .records import name_of
-from .reuse import BegunPasses
-from .sampling import Denoiser, guided
-from .structuring import plain, structure, with_config_errors
-from .validators import whole_from
-from .value import StitchedValue
+from .result import AlignResult, PartStore
 
 Value = StitchedValue | Estimator | str | Path | None
 Size = int | tuple[int, int]

@@ -13,21 +13,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from .backbone import Backbone
+from ..backbone import Backbone
+from ..errors import ConfigError, DataError
+from ..grids import resample, side_by_side
+from ..images import ImageSource, open_images
+from ..joint import load_rewards
+from ..loading import load_backbone
+from ..progress import track
+from ..records import name_of
+from ..reward import Reward
+from ..sampling import seeded_noise
+from ..seeds import stream_seed
+from ..slicing import LATENT, checked_taps
 from .criteria import closed_form_losses, functional_losses
-from .errors import ConfigError, DataError
-from .grids import resample, side_by_side
-from .images import ImageSource, open_images
-from .joint import load_rewards
-from .loading import load_backbone
-from .progress import track
-from .records import name_of
 from .regression import RegressionStatistics
-from .reward import Reward
-from .sampling import seeded_noise
 from .search_result import CRITERIA, Criterion, JointSearch, Probe, SearchResult
-from .seeds import stream_seed
-from .slicing import LATENT, checked_taps
 
 DEEPEST_BLOCK = 4
 """Deeper cuts of the reward are not recoverable by finetuning (paper, section 2)."""

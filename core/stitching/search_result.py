@@ -8,11 +8,11 @@ from typing import Any, Literal
 import attrs
 from torch import Tensor
 
-from .files import write_json
-from .layer import StitchingLayer
+from ..files import write_json
+from ..layer import StitchingLayer
+from ..reward import Reward, Tail
+from ..value import Branch, Interface
 from .regression import AffineMap
-from .reward import Reward, Tail
-from .value import Branch, Interface
 
 Criterion = Literal["mse", "unexplained", "functional"]
 CRITERIA: tuple[Criterion, ...] = ("mse", "unexplained", "functional")

@@ -15,15 +15,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from .attention import gradient_in
-from .backbone import Backbone
-from .errors import ConfigError, NonFiniteError
-from .estimators import Estimator, Prompted
-from .kernels import Transition
+from ..attention import gradient_in
+from ..backbone import Backbone
+from ..errors import ConfigError, NonFiniteError
+from ..estimators import Estimator, Prompted
+from ..kernels import Transition
+from ..paths import Prediction, as_sigma, spread
+from ..reuse import BegunPass, BegunPasses, PassKeeper
+from ..sampling import sample
 from .particles import Particles
-from .paths import Prediction, as_sigma, spread
-from .reuse import BegunPass, BegunPasses, PassKeeper
-from .sampling import sample
 
 Judge = Callable[[Tensor, Prompted], tuple[Tensor, Tensor]]
 """``judge(clean latents [B, C, h, w], context) -> (rewards [B], images [B, 3, H, W])``."""

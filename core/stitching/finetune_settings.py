@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import attrs
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 positive: Any = attrs.validators.gt(0)
 share: Any = [attrs.validators.ge(0), attrs.validators.le(1)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 Resampler = Callable[[Tensor, torch.Generator], Tensor]
 """``resampler(weights [N], generator) -> ancestors [N]`` on the CPU, with expected counts ``N weights``.

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch.nn import functional as F
 
+from ..reward import Reward
+from ..value import Interface
 from .regression import AffineMap
-from .reward import Reward
 from .search_result import Criterion, Probe, SearchResult
-from .value import Interface
 
 Losses = dict[Criterion, dict[tuple[int, int], float]]
 

@@ -13,8 +13,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from .sampling import seeded_noise
-from .seeds import stream_seed
+from ..sampling import seeded_noise
+from ..seeds import stream_seed
 
 
 def initial_noise(seed: int, prompts: Sequence[int], particles: int, shape: tuple[int, ...]) -> Tensor:

@@ -19,17 +19,17 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor
 
-from .backbone import Backbone
-from .conditions import Condition
-from .errors import ArtefactError, DataError
-from .files import make_folder, read_json, write_json, write_tensors
-from .images import ImageSource
-from .paths import Prediction
-from .processes import join_group
-from .progress import track
-from .reward import Reward
-from .sampling import Denoiser, chosen_guidance, sample, seeded_noise
-from .seeds import stream_seed
+from ..backbone import Backbone
+from ..conditions import Condition
+from ..errors import ArtefactError, DataError
+from ..files import make_folder, read_json, write_json, write_tensors
+from ..images import ImageSource
+from ..paths import Prediction
+from ..processes import join_group
+from ..progress import track
+from ..reward import Reward
+from ..sampling import Denoiser, chosen_guidance, sample, seeded_noise
+from ..seeds import stream_seed
 
 SHARD = 256
 """Examples in a shard: what an interruption can cost."""

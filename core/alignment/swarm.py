@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteError
+from ..errors import NonFiniteError
 from .particles import Particles, Resampling
 from .problem import AlignProblem
 from .resampling import draw_ancestors

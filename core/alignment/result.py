@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .comparison import mean_stderr
-from .costs import KINDS, CostMeter, peak_memory
-from .errors import ArtefactError, ConfigError
-from .files import make_folder, read_json, read_tensors, write_atomically, write_json, write_tensors
+from ..comparison import mean_stderr
+from ..costs import KINDS, CostMeter, peak_memory
+from ..errors import ArtefactError, ConfigError
+from ..files import make_folder, read_json, read_tensors, write_atomically, write_json, write_tensors
+from ..provenance import versions
 from .particles import Particles, Resampling
-from .provenance import versions
 
 PARTS, SETTINGS = "parts", "settings.json"
 GRID_IMAGES, GRID_SIDE = 64, 256

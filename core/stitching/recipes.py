@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import attrs
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .finetune_settings import FinetuneSettings
 
 _FULL = FinetuneSettings(

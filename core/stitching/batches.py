@@ -8,11 +8,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from .backbone import Backbone
-from .errors import ConfigError
+from ..backbone import Backbone
+from ..errors import ConfigError
+from ..seeds import stream_seed
 from .examples import PROMPT, STATE_SIGMAS, STATES, Examples
 from .finetune_settings import FinetuneSettings
-from .seeds import stream_seed
 
 GROUP = "group"
 """The column that numbers the groups of a batch: seeds of one prompt at one noise level, -1 for everything else."""

@@ -10,12 +10,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .alignment import Size, Value, align
-from .alignment_result import AlignResult
-from .backbone import Backbone
-from .errors import ConfigError
-from .loading import backbone_from
+from ..backbone import Backbone
+from ..errors import ConfigError
+from ..loading import backbone_from
 from .problem import Aligner
+from .result import AlignResult
+from .run import Size, Value, align
 
 _OUTPUTS = ("pil", "pt", "np", "latent")
 

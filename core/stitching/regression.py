@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from ..errors import DataError
 
 RANK_TOLERANCE = 1e-12
 """Eigenvalues of the Gram matrix below this share of the largest count as zero (singular values below 1e-6)."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .conditions import Condition
+from ..conditions import Condition
+from ..reward import Reward, RewardOutput
 from .examples import CONDITION
 from .finetune_settings import FinetuneSettings
 from .levels import Weigh, unweighted
-from .reward import Reward, RewardOutput
 
 LEAST_SPREAD = 0.01
 """Of a value over the seeds of a prompt, in spreads of their rewards: what counts as not telling them apart."""

@@ -17,19 +17,19 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .alignment import check_latents, reward_condition
-from .attention import gradient_in
-from .backbone import Backbone
-from .conditions import Condition
-from .errors import ConfigError, NonFiniteError
-from .estimators import Stitched
-from .loading import backbone_from, families_of
+from ..attention import gradient_in
+from ..backbone import Backbone
+from ..conditions import Condition
+from ..errors import ConfigError, NonFiniteError
+from ..estimators import Stitched
+from ..loading import backbone_from, families_of
+from ..paths import Prediction, as_sigma, spread
+from ..validators import number_within, one_of, whole_from
+from ..value import StitchedValue
 from .particles import Resampling, step_generators
-from .paths import Prediction, as_sigma, spread
 from .resampling import RESAMPLERS, draw_ancestors
+from .run import check_latents, reward_condition
 from .scheduler_steps import step_of
-from .validators import number_within, one_of, whole_from
-from .value import StitchedValue
 from .windows import Window, steps_within
 
 

@@ -9,28 +9,28 @@ from typing import Any, Literal
 
 import attrs
 
-from . import plots
-from .artefact import Provenance
-from .backbone import Backbone
-from .conditions import Condition, concatenate
-from .costs import CostMeter
-from .errors import ConfigError
+from .. import plots
+from ..artefact import Provenance
+from ..backbone import Backbone
+from ..conditions import Condition, concatenate
+from ..costs import CostMeter
+from ..errors import ConfigError
+from ..files import cache_key, make_folder
+from ..images import ImageSource, open_images
+from ..joint import JointReward, checked_weights, load_rewards
+from ..loading import load_backbone
+from ..lora import with_lora
+from ..provenance import network_identity, weights_digest
+from ..records import name_of
+from ..reward import Reward
+from ..sampling import chosen_guidance
+from ..slicing import LATENT, Head, taps_before
+from ..value import Branch, Interface, StitchedValue
 from .examples import Examples, GenerationSettings, build_examples, from_images, from_samples
-from .files import cache_key, make_folder
 from .finetune import finetune
 from .finetune_settings import FinetuneSettings
-from .images import ImageSource, open_images
-from .joint import JointReward, checked_weights, load_rewards
-from .loading import load_backbone
-from .lora import with_lora
-from .provenance import network_identity, weights_digest
-from .records import name_of
-from .reward import Reward
-from .sampling import chosen_guidance
 from .search_result import Criterion, JointSearch, SearchResult
 from .searching import search_jointly
-from .slicing import LATENT, Head, taps_before
-from .value import Branch, Interface, StitchedValue
 
 VAE_STITCHING: dict[str, Any] = {"cuts": (LATENT,), "blocks": (1,)}
 """The settings of :func:`stitch` that make the baseline: the latent itself, before the reward's first block."""

@@ -19,22 +19,22 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from ..backbone import Backbone
+from ..checkpoints import under
+from ..conditions import Condition, concatenate
+from ..costs import count
+from ..errors import ArtefactError, ConfigError, NonFiniteError
+from ..files import read_metadata, read_tensors, write_tensors
+from ..processes import join_group
+from ..progress import track
+from ..reward import Reward
+from ..value import Branch, StitchedValue
 from .batches import GROUP, Batches, share_of
-from .checkpoints import under
-from .conditions import Condition, concatenate
-from .costs import count
-from .errors import ArtefactError, ConfigError, NonFiniteError
 from .examples import IMAGES, PROMPT, Examples
-from .files import read_metadata, read_tensors, write_tensors
 from .finetune_settings import FinetuneSettings
 from .levels import LevelBalance, unweighted
 from .objectives import distillation_loss, hidden_loss, predicted_score, ranking_loss
 from .optimisers import Optimisers
-from .processes import join_group
-from .progress import track
-from .reward import Reward
-from .value import Branch, StitchedValue
 
 _HIDDEN, _BIN = "hidden.", "bin"
 """Columns of a batch: a reward's clean tokens after each block (``REWARD/hidden.NUMBER``); a noise level's bin."""

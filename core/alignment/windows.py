@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 Window = tuple[float, float]
 StepUnit = Literal["fraction", "step", "sigma"]

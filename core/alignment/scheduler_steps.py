@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from .errors import ConfigError
-from .kernels import Ancestral, Cps, Kernel, Ode
+from ..errors import ConfigError
+from ..kernels import Ancestral, Cps, Kernel, Ode
 
 _MULTISTEP: dict[str, Kernel] = {"dpmsolver": Ode(), "dpmsolver++": Ode(), "sde-dpmsolver++": Ancestral()}
 """By DPM-Solver's ``algorithm_type``. The mean of ``sde-dpmsolver`` is not the forward process's posterior."""

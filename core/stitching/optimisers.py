@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .checkpoints import load_optimiser, optimiser_tensors
-from .errors import ConfigError
+from ..checkpoints import load_optimiser, optimiser_tensors
+from ..errors import ConfigError
+from ..value import Branch, StitchedValue
 from .finetune_settings import FinetuneSettings
-from .value import Branch, StitchedValue
 
 
 @attrs.frozen(eq=False)

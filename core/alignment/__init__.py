@@ -1,0 +1,1 @@
+"""Steering samples by any method over any value estimator (paper, section 5), also in a diffusers pipeline."""
