@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .conditions import Condition, concatenate
     from .costs import CostMeter, count
     from .datasets import Captioned, CaptionedDataset, PreferenceDataset, Preferences, Rated, RatedDataset
+    from .diagnosis.ranking import Ranking, rank_seeds
     from .diagnosis.run import Diagnosis, diagnose
     from .discovery import PluginFailure
     from .errors import (
@@ -58,8 +59,7 @@ if TYPE_CHECKING:
     from .lora import LoraSettings, with_lora
     from .monte_carlo import MonteCarlo
     from .paths import FlowPath, Path, Prediction, PredictionKind, VariancePreservingPath, as_sigma, spread
-    from .planning import Plan, plan
-    from .ranking import Ranking, rank_seeds
+    from .planning.run import Plan, plan
     from .records import (
         SPEC_VERSION,
         AlignerRecord,
@@ -103,6 +103,7 @@ _PUBLIC = {
     "conditions": ("Condition", "concatenate"),
     "costs": ("CostMeter", "count"),
     "datasets": ("Captioned", "CaptionedDataset", "PreferenceDataset", "Preferences", "Rated", "RatedDataset"),
+    "diagnosis.ranking": ("Ranking", "rank_seeds"),
     "diagnosis.run": ("Diagnosis", "diagnose"),
     "discovery": ("PluginFailure",),
     "errors": (
@@ -139,8 +140,7 @@ _PUBLIC = {
     "lora": ("LoraSettings", "with_lora"),
     "monte_carlo": ("MonteCarlo",),
     "paths": ("FlowPath", "Path", "Prediction", "PredictionKind", "VariancePreservingPath", "as_sigma", "spread"),
-    "planning": ("Plan", "plan"),
-    "ranking": ("Ranking", "rank_seeds"),
+    "planning.run": ("Plan", "plan"),
     "records": (
         "SPEC_VERSION",
         "AlignerRecord",

@@ -19,13 +19,13 @@ from .backbone import Backbone
 from .comparison import mean_stderr, paired_gain
 from .costs import Clock
 from .datasets import CaptionedDataset
+from .diagnosis.ranking import Ranking, rank_seeds
 from .estimators import Stitched, Tweedie
 from .evaluation import Retrieval, retrieval
 from .files import make_folder, write_json
 from .images import ImageSource, open_images
 from .loading import load_backbone, load_dataset_plugin, load_reward
 from .provenance import versions
-from .ranking import Ranking, rank_seeds
 from .report import write_report
 from .reward import Reward
 from .stitching.finetune_settings import FinetuneSettings

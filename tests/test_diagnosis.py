@@ -22,8 +22,8 @@ from stitchvm.core import (
     diagnose,
 )
 from stitchvm.core.diagnosis.gradients import compare_gradients, cosine
+from stitchvm.core.diagnosis.ranking import Trajectories, rank_seeds
 from stitchvm.core.diagnosis.run import calibration
-from stitchvm.core.ranking import Trajectories, rank_seeds
 
 QUIET = {"guidance_scale": 1.0, "progress": False}
 SIGMAS = (0.6, 0.4, 0.2)

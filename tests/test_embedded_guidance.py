@@ -30,8 +30,8 @@ from stitchvm.core import (
 from stitchvm.core.alignment.particles import initial_noise
 from stitchvm.core.alignment.run import estimator_identity
 from stitchvm.core.diagnosis import report as diagnosis_report
+from stitchvm.core.diagnosis.ranking import rank_seeds
 from stitchvm.core.provenance import network_identity
-from stitchvm.core.ranking import rank_seeds
 from stitchvm.core.sampling import chosen_guidance, guided
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 

@@ -13,10 +13,11 @@ import torch
 
 from pipelines import write_pipeline
 from reward_families import aesthetic_architecture, write_aesthetic, write_dinov2
-from stitchvm.core import ConfigError, StitchedValue, matrix, registry, world_values
-from stitchvm.core.matrix import run_matrix
-from stitchvm.core.matrix_report import COLUMNS
-from stitchvm.core.worlds import PAIRS, Scale, World
+from stitchvm.core import ConfigError, StitchedValue, registry
+from stitchvm.core.reproduction import matrix, world_values
+from stitchvm.core.reproduction.matrix import run_matrix
+from stitchvm.core.reproduction.matrix_report import COLUMNS
+from stitchvm.core.reproduction.worlds import PAIRS, Scale, World
 
 DATASET = """
 import torch

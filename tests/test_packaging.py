@@ -128,6 +128,33 @@ def test_core_imports_relatively_and_no_plugin(path):
     assert found == []
 
 
+STANDS_ON = {
+    "alignment": set(), "stitching": set(), "training": {"alignment"}, "diagnosis": {"alignment"},
+    "planning": {"stitching"}, "reproduction": {"alignment", "planning", "stitching", "training"},
+    "testing": {"alignment", "training"},
+}  # fmt: skip
+"""Of each task's folder of core, which others it may import; the command line stands on all of them."""
+ON_TOP = ("__init__.py", "quickstart.py")
+"""What may import tasks though it lies beside their folders."""
+
+
+@pytest.mark.parametrize("path", CORE, ids=relative)
+def test_tasks_stand_on_what_they_share_and_not_the_other_way_round(path):
+    parts = path.relative_to(ROOT / "core").parts
+    task = parts[0] if len(parts) > 1 else ""
+    if task in ("cli", "templates") or (not task and parts[0] in ON_TOP):
+        return
+    up = 2 if task else 1
+    named = [module or name for module, names, level in imports(path) if level == up for name in names]
+    found = {name.partition(".")[0] for name in named}
+    assert found & (STANDS_ON.keys() | {"cli", "quickstart"}) <= STANDS_ON.get(task, set())
+
+
+def test_every_folder_of_core_says_what_it_stands_on():
+    folders = {path.parent.name for path in CORE} - {"core", "cli"}
+    assert folders == STANDS_ON.keys()
+
+
 @pytest.mark.parametrize("path", [*PLUGINS, *EXAMPLES], ids=relative)
 def test_plugins_use_only_the_public_core(path):
     for module, names, level in imports(path):

@@ -20,9 +20,9 @@ from stitchvm.core import Backbone, Reward, artefact
 from stitchvm.core.grids import resample
 from stitchvm.core.images import open_images
 from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.metered_networks import META, MeteredBackbone, MeteredReward, MeteredValue, layer_cost
-from stitchvm.core.metering import metered
 from stitchvm.core.pairing import registered_pairs
+from stitchvm.core.planning.metered_networks import META, MeteredBackbone, MeteredReward, MeteredValue, layer_cost
+from stitchvm.core.planning.metering import metered
 from stitchvm.core.reward import Tail
 from stitchvm.core.stitching.batches import Batches
 from stitchvm.core.stitching.examples import Examples, GenerationSettings

@@ -21,9 +21,9 @@ from families import clip_architecture, write_clip
 from pipelines import KINDS, pipeline_record, write_pipeline
 from stitchvm import core
 from stitchvm.core.images import open_images
-from stitchvm.core.metered_networks import MeteredBackbone, MeteredReward
-from stitchvm.core.metering import metered
-from stitchvm.core.planning import Plan, PlanSettings, plan, plan_networks
+from stitchvm.core.planning.metered_networks import MeteredBackbone, MeteredReward
+from stitchvm.core.planning.metering import metered
+from stitchvm.core.planning.run import Plan, PlanSettings, plan, plan_networks
 from stitchvm.core.sampling import Denoiser, sample, seeded_noise
 from stitchvm.core.stitching.examples import build_examples, from_images
 from stitchvm.core.stitching.finetune import finetune

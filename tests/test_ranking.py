@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 
 from analytic import CONTRAST, ExactValue, GaussianBackbone, LinearReward, MomentReward, QuadraticReward, exact_stitched
 from stitchvm.core import ConfigError, CostMeter, Stitched, Tweedie, rank_seeds
+from stitchvm.core.diagnosis.ranking import Trajectories, closest_steps
 from stitchvm.core.metrics import spearman
-from stitchvm.core.ranking import Trajectories, closest_steps
 
 QUIET = {"guidance_scale": 1.0, "progress": False}
 

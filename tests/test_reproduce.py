@@ -15,10 +15,11 @@ import pytest
 from analytic import GaussianBackbone
 from pipelines import write_pipeline
 from reward_families import aesthetic_architecture, write_aesthetic, write_dinov2
-from stitchvm.core import StitchedValue, VariancePreservingPath, load_backbone, load_reward, registry, world_values
+from stitchvm.core import StitchedValue, VariancePreservingPath, load_backbone, load_reward, registry
 from stitchvm.core.latent_space import misfit
 from stitchvm.core.reproduction import alignment as reproduction
 from stitchvm.core.reproduction import plots as alignment_plots
+from stitchvm.core.reproduction import world_values
 from stitchvm.core.reproduction.alignment_rows import TABLES, Pair, Settings
 from stitchvm.core.reproduction.report import columns
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings

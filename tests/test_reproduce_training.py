@@ -12,8 +12,8 @@ from stitchvm.core import ArtefactError, ConfigError
 from stitchvm.core.files import read_tensors, write_tensors
 from stitchvm.core.reproduction.training import _gain, _time_to_match, reproduce_training
 from stitchvm.core.reproduction.training_rows import TRAINING_TABLES, TrainingScale
+from stitchvm.core.reproduction.worlds import Scale
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
-from stitchvm.core.worlds import Scale
 from test_reproduce import networks, world  # noqa: F401  (fixtures)
 
 TINY = TrainingScale(updates=2, prompts=2, samples=2, steps=4, evaluate_every=1, evaluation_prompts=2, seeds=(0, 1))

@@ -18,7 +18,7 @@ from stitchvm.core import align
 from stitchvm.core.images import to_tensor
 from stitchvm.core.reproduction.alignment import reproduce
 from stitchvm.core.reproduction.alignment_rows import Settings
-from stitchvm.core.worlds import Scale
+from stitchvm.core.reproduction.worlds import Scale
 
 DATASET = """
 import torch

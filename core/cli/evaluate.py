@@ -142,8 +142,8 @@ class _Job:
     def ranking(
         self, prompts: int, seeds: int, steps: int, guidance_scale: float | None, reward: str | None
     ) -> dict[str, Any]:
+        from ..diagnosis.ranking import rank_seeds
         from ..estimators import Stitched, Tweedie
-        from ..ranking import rank_seeds
 
         value = self.models["stitched"]
         value = value if reward is None else value.alone(reward)

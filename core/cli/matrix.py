@@ -36,8 +36,8 @@ def command(
     Each reward is measured by its own metric on noisy latents. A finished pair is not repeated; several runs with
     different --backbones may share DIR. Exits with 1 when a pair failed.
     """
-    from ..matrix import run_matrix
-    from ..worlds import Scale
+    from ..reproduction.matrix import run_matrix
+    from ..reproduction.worlds import Scale
 
     scale = Scale(images=images, steps=steps, probes=probes, samples=samples, held_out=held_out)
     report = run_matrix(

@@ -11,7 +11,7 @@ from .options import BackboneName, Taps, numbers
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..planning import Need, Plan
+    from ..planning.run import Need, Plan
 
 _JOBS = {
     "value": "value of a latent",
@@ -43,7 +43,7 @@ def command(
     """Say what a stitch will cost: weights, FLOPs and memory, beside Tweedie's estimate and Monte Carlo."""
     if gpu_memory is not None and not gpu_memory > 0:
         raise ConfigError(f"--gpu-memory is {gpu_memory:g}; give a positive number of gigabytes, such as 24.")
-    from ..planning import plan
+    from ..planning.run import plan
 
     found = plan(
         backbone, reward, resolution=resolution, cut=cut, block=block, images=images, batch=batch, steps=steps,

@@ -89,7 +89,7 @@ def command(
     different --backbones, may share DIR. Exits with 1 when a row failed.
     """
     from ..reproduction.training_rows import TRAINING_TABLES
-    from ..worlds import Scale
+    from ..reproduction.worlds import Scale
 
     scale = Scale(images=images, steps=finetune_steps, probes=probes, samples=samples)
     chosen: dict[str, Any] = {

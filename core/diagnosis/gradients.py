@@ -19,9 +19,9 @@ from ..estimators import Estimator, Prompted
 from ..kernels import Kernel
 from ..monte_carlo import MonteCarlo
 from ..paths import as_sigma
-from ..ranking import Trajectories
-from ..readings import Reading, kept, total_costs
 from ..seeds import stream_seed
+from .ranking import Trajectories
+from .readings import Reading, kept, total_costs
 
 COSINES, LENGTHS = "cosines/", "lengths"
 """Names of what is kept of a level: before an estimator's name its cosines and their cost, and the reference's."""

@@ -29,10 +29,10 @@ from ..joint import AnyReward, GivenReward, load_judge
 from ..kernels import Ancestral, Kernel, Ode
 from ..loading import load_backbone
 from ..provenance import network_identity, sampled_identity, versions
-from ..ranking import SIGMAS, Ranking, Trajectories, differing
 from ..sampling import chosen_guidance, guided
 from ..validators import whole_from
 from .gradients import Gradients, compare_gradients, per_latent
+from .ranking import SIGMAS, Ranking, Trajectories, differing
 
 Figure = tuple[float | None, float | None]
 """A figure and its standard error; None where there is none (a slope on constant values, an error from one prompt)."""

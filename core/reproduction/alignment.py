@@ -36,11 +36,11 @@ from ..stitching.examples import GenerationSettings
 from ..stitching.finetune_settings import FinetuneSettings
 from ..stitching.recipes import recipe as named_recipe
 from ..value import StitchedValue
-from ..world_values import WorldStitcher
-from ..worlds import Scale, World
 from .alignment_rows import PLAIN, Pair, Row, Settings, Table, check_rows, table_of
 from .report import Expected, assemble, read_cell, write_report
 from .values import ValueModels, equivalents, pass_costs
+from .world_values import WorldStitcher
+from .worlds import Scale, World
 
 
 def reproduce(

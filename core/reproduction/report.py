@@ -15,9 +15,9 @@ from ..costs import KINDS
 from ..errors import ArtefactError
 from ..files import read_json, write_json, write_text
 from ..provenance import versions
-from ..worlds import World
 from . import plots
 from .alignment_rows import PLAIN, Row, Table
+from .worlds import World
 
 
 @attrs.frozen

@@ -37,11 +37,11 @@ from ..training.run import train
 from ..training.settings import TrainSettings
 from ..training.state import RECORD
 from ..value import StitchedValue
-from ..world_values import WorldStitcher
-from ..worlds import Scale, World, cell_name
 from .alignment_rows import check_rows
 from .training_rows import TRAINING_TABLES, TrainingRow, TrainingScale
 from .values import found_in
+from .world_values import WorldStitcher
+from .worlds import Scale, World, cell_name
 
 PROMPTS = 1024
 """How many of the dataset's training prompts are trained on."""

@@ -11,12 +11,12 @@ import torch
 from ..artefact import CONFIG
 from ..backbone import Backbone
 from ..errors import ArtefactError
-from ..metering import metered
+from ..planning.metering import metered
 from ..records import name_of
 from ..reward import Reward
 from ..value import StitchedValue
-from ..world_values import WorldStitcher
-from ..worlds import cell_name
+from .world_values import WorldStitcher
+from .worlds import cell_name
 
 
 @attrs.define(eq=False)

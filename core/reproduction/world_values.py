@@ -10,19 +10,19 @@ from typing import Any
 
 import attrs
 
-from .backbone import Backbone
-from .files import cache_key, read_json, write_json
-from .images import ImageSource, open_images
-from .joint import JointReward, load_rewards
-from .metrics import metric_of
-from .provenance import network_identity
-from .records import MetricKind, name_of
-from .reward import Reward
-from .skills import SkillData
-from .stitching.examples import GenerationSettings
-from .stitching.finetune_settings import FinetuneSettings
-from .stitching.run import stitch
-from .value import StitchedValue
+from ..backbone import Backbone
+from ..files import cache_key, read_json, write_json
+from ..images import ImageSource, open_images
+from ..joint import JointReward, load_rewards
+from ..metrics import metric_of
+from ..provenance import network_identity
+from ..records import MetricKind, name_of
+from ..reward import Reward
+from ..skills import SkillData
+from ..stitching.examples import GenerationSettings
+from ..stitching.finetune_settings import FinetuneSettings
+from ..stitching.run import stitch
+from ..value import StitchedValue
 from .worlds import Scale, cell_name
 
 MADE = "made.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 import attrs
 from torch import Tensor
 
-from .costs import CostMeter
-from .errors import ArtefactError
-from .files import read_metadata, read_tensors, write_tensors
+from ..costs import CostMeter
+from ..errors import ArtefactError
+from ..files import read_metadata, read_tensors, write_tensors
 
 COSTS = "costs"
 

@@ -11,22 +11,22 @@ import attrs
 import torch
 from torch import Tensor
 
-from .alignment.run import reward_condition
-from .backbone import Backbone
-from .comparison import mean_stderr
-from .costs import CostMeter
-from .datasets import Judge
-from .errors import ConfigError
-from .estimators import Estimator, Prompted, clean_reward
-from .joint import AnyReward, GivenReward, load_judge
-from .kernels import Kernel, Ode, Transition
-from .loading import load_backbone
-from .metrics import spearman
-from .paths import Prediction
-from .progress import track
+from ..alignment.run import reward_condition
+from ..backbone import Backbone
+from ..comparison import mean_stderr
+from ..costs import CostMeter
+from ..datasets import Judge
+from ..errors import ConfigError
+from ..estimators import Estimator, Prompted, clean_reward
+from ..joint import AnyReward, GivenReward, load_judge
+from ..kernels import Kernel, Ode, Transition
+from ..loading import load_backbone
+from ..metrics import spearman
+from ..paths import Prediction
+from ..progress import track
+from ..sampling import Denoiser, chosen_guidance, sample, seeded_noise
+from ..seeds import stream_seed
 from .readings import Reading, kept, total_costs
-from .sampling import Denoiser, chosen_guidance, sample, seeded_noise
-from .seeds import stream_seed
 
 SIGMAS = (0.9, 0.75, 0.5, 0.25, 0.1)
 

@@ -17,24 +17,24 @@ from typing import Any
 
 import attrs
 
-from .backbone import Backbone
-from .costs import Clock, CostMeter
-from .errors import StitchError
-from .evaluation import SIGMAS
-from .files import cache_key, make_folder, read_json, write_json, write_text
-from .loading import load_backbone, load_dataset_plugin, load_reward
+from ..backbone import Backbone
+from ..costs import Clock, CostMeter
+from ..errors import StitchError
+from ..evaluation import SIGMAS
+from ..files import cache_key, make_folder, read_json, write_json, write_text
+from ..loading import load_backbone, load_dataset_plugin, load_reward
+from ..metrics import metric_of
+from ..progress import track
+from ..provenance import network_identity, versions
+from ..records import MetricKind
+from ..reward import Reward
+from ..skills import Skill, SkillData
+from ..stitching.finetune_settings import FinetuneSettings
+from ..stitching.recipes import recipe as named_recipe
+from ..stitching.run import VAE_STITCHING
+from ..stitching.searching import search
+from ..value import StitchedValue
 from .matrix_report import assemble, write_matrix
-from .metrics import metric_of
-from .progress import track
-from .provenance import network_identity, versions
-from .records import MetricKind
-from .reward import Reward
-from .skills import Skill, SkillData
-from .stitching.finetune_settings import FinetuneSettings
-from .stitching.recipes import recipe as named_recipe
-from .stitching.run import VAE_STITCHING
-from .stitching.searching import search
-from .value import StitchedValue
 from .world_values import WorldStitcher
 from .worlds import PAIRS, Scale, World, cell_name
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import plots
-from .files import read_json, write_json, write_text
-from .provenance import versions
+from .. import plots
+from ..files import read_json, write_json, write_text
+from ..provenance import versions
 from .worlds import cell_name
 
 MODELS = ("stitched", "vae")

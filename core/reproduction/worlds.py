@@ -7,9 +7,9 @@ from typing import Any
 
 import attrs
 
-from .errors import ConfigError
-from .records import Record
-from .registries import registry
+from ..errors import ConfigError
+from ..records import Record
+from ..registries import registry
 
 positive: Any = attrs.validators.gt(0)
 

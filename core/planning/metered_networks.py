@@ -9,16 +9,16 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, NoisyLatent
-from .errors import SliceError
-from .layer import StitchingLayer
-from .loading import as_dtype
+from ..backbone import Backbone, NoisyLatent
+from ..errors import SliceError
+from ..layer import StitchingLayer
+from ..loading import as_dtype
+from ..reward import Reward, Tail
+from ..slicing import Head, Sliced, taps_before
+from ..stitching.finetune_settings import FinetuneSettings
+from ..stitching.objectives import distillation_loss
+from ..value import Branch, Interface
 from .metering import metered
-from .reward import Reward, Tail
-from .slicing import Head, Sliced, taps_before
-from .stitching.finetune_settings import FinetuneSettings
-from .stitching.objectives import distillation_loss
-from .value import Branch, Interface
 
 META = torch.device("meta")
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import attrs
 
-from .backbone import Backbone
-from .errors import ConfigError
-from .loading import as_dtype, build_geometry
+from ..backbone import Backbone
+from ..errors import ConfigError
+from ..loading import as_dtype, build_geometry
+from ..records import BackboneRecord, RewardRecord
+from ..registries import registry
+from ..reward import Reward
+from ..slicing import checked_taps
+from ..stitching.searching import DEEPEST_BLOCK, JUDGED_EVERY
+from ..value import Interface
 from .metered_networks import Cost, MeteredBackbone, MeteredReward, MeteredValue, layer_cost
-from .records import BackboneRecord, RewardRecord
-from .registries import registry
-from .reward import Reward
-from .slicing import checked_taps
-from .stitching.searching import DEEPEST_BLOCK, JUDGED_EVERY
-from .value import Interface
 
 ADAM = 4
 """Copies of a trained tensor: itself, its gradient and AdamW's two moments."""
