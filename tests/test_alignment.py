@@ -189,7 +189,7 @@ class Interrupted:
 
 
 def test_an_interrupted_run_continues_and_ends_as_if_never_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr("stitchvm.core.alignment.plain", lambda method: {})
+    monkeypatch.setattr("stitchvm.core.alignment.run.plain", lambda method: {})
     whole = run(Interrupted(9), out=tmp_path / "whole", batch=8)
     with pytest.raises(KeyboardInterrupt):
         run(Interrupted(1), out=tmp_path / "run", batch=8)
@@ -317,7 +317,7 @@ def test_settings_on_the_command_line():
 @pytest.fixture
 def stitchvm(run, monkeypatch):
     """The command with the analytic networks behind the names."""
-    monkeypatch.setattr("stitchvm.core.alignment.load_backbone", lambda name: GaussianBackbone())
+    monkeypatch.setattr("stitchvm.core.alignment.run.load_backbone", lambda name: GaussianBackbone())
     monkeypatch.setattr("stitchvm.core.joint.load_reward", lambda name, device: LinearReward())
     return run
 
