@@ -15,7 +15,7 @@ from analytic import GaussianBackbone, LinearReward
 from families import clip, flux, mmdit
 from stitchvm import core
 from stitchvm.core.files import make_folder, read_metadata
-from stitchvm.core.stitching.examples import CleanBatch, GenerationSettings, from_samples
+from stitchvm.core.stitching.examples import CleanBatch, GenerationSettings, States, from_samples
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from test_finetune import gaussian_images
 from test_policy import moved
@@ -117,7 +117,7 @@ def drawn(prompts: list[str], samplers: list[core.Backbone], start: int = 0) -> 
     return CleanBatch(
         torch.cat([batch.latents for batch in batches]), torch.cat([batch.images for batch in batches]),
         tuple(prompt for batch in batches for prompt in batch.prompts or ()), None,
-        core.examples.States(torch.cat([each.latents for each in states]), states[0].sigmas),
+        States(torch.cat([each.latents for each in states]), states[0].sigmas),
     )  # fmt: skip
 
 
