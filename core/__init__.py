@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .alignment.particles import Particles, Resampling
     from .alignment.problem import Aligner, AlignProblem, Look
     from .alignment.resampling import RESAMPLERS, effective_sample_size
-    from .alignment.run import AlignResult, align
+    from .alignment.result import AlignResult
+    from .alignment.run import align
     from .alignment.steering import steer
     from .alignment.swarm import Swarm
     from .alignment.windows import StepUnit, Window, steps_at, steps_within
@@ -95,7 +96,8 @@ _PUBLIC = {
     "alignment.particles": ("Particles", "Resampling"),
     "alignment.problem": ("AlignProblem", "Aligner", "Look"),
     "alignment.resampling": ("RESAMPLERS", "effective_sample_size"),
-    "alignment.run": ("AlignResult", "align"),
+    "alignment.result": ("AlignResult",),
+    "alignment.run": ("align",),
     "alignment.steering": ("steer",),
     "alignment.swarm": ("Swarm",),
     "alignment.windows": ("StepUnit", "Window", "steps_at", "steps_within"),

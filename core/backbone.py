@@ -34,9 +34,10 @@ class Backbone(Sliced):
     """A :class:`Sliced` denoiser whose ``x`` is a :class:`NoisyLatent` and whose condition is its prompt embeddings.
 
     A family sets ``path``, ``prediction`` (what the network's output means), ``latent_channels``, ``latent_factor``
-    (image pixels per latent pixel) and ``native_resolution`` (image pixels), and writes what is abstract here and in
-    ``Sliced``. The VAE and the text encoders are loaded on first use, so that a head alone never reads them. A stem
-    takes a condition of one sample or of as many as there are latents (``condition.tensors_for(batch)``).
+    (image pixels per latent pixel), ``native_resolution`` (image pixels) and, where latents are ``(encoded - shift) *
+    scale``, ``latent_scale = (scale, shift)``, and writes what is abstract here and in ``Sliced``. The VAE and the text
+    encoders are loaded on first use, so that a head alone never reads them. A stem takes a condition of one sample or
+    of as many as there are latents (``condition.tensors_for(batch)``).
     ``guided_passes`` of the network make one guided step: two, with the prompt and without, unless it was distilled to
     need one; ``guidance`` is the scale that such a network reads beside its time, if it reads one: the *embedded*
     guidance, which is no scale of classifier-free guidance (:func:`~stitchvm.core.sampling.chosen_guidance`).
@@ -47,6 +48,7 @@ class Backbone(Sliced):
 
     guided_passes: ClassVar[int] = 2
     guidance: float | None = None
+    latent_scale: tuple[float, float] | None = None
     _loaded_at: float | None = None
     _pruned_on = torch.device("cpu")
     component: ClassVar[str] = "transformer"

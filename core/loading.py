@@ -134,21 +134,16 @@ def backbone_from(
     return network
 
 
-def families_of(pipeline: Any) -> list[Family]:
-    """The families that take this class of loaded pipeline, or one that it derives from, by their names."""
-    classes = {cls.__name__ for cls in type(pipeline).__mro__}
-    return [code for code in registry().backbone_families.values() if classes & set(code.pipelines)]
-
-
 def _family_of(pipeline: Any, family: str | None) -> Family:
-    """The family of this name, or the one that takes this class of pipeline."""
+    """The family that takes a loaded pipeline, by the names of its class and of those it derives from."""
     families = registry().backbone_families
     if family is not None:
         code = families[family]
         if not code.pipelines:
             raise ConfigError(f"the family {code.name!r} takes no loaded pipeline; load it with load_backbone.")
         return code
-    found = families_of(pipeline)
+    classes = {cls.__name__ for cls in type(pipeline).__mro__}
+    found = [code for code in families.values() if classes & set(code.pipelines)]
     if len(found) != 1:
         known = ", ".join(sorted({name for code in families.values() for name in code.pipelines}))
         both = " and ".join(code.name for code in found)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline_calls import HEIGHT_WIDTH, Recorder, linear_value, resampling, run, stitched
+from pipeline_calls import HEIGHT_WIDTH, Recorder, linear_value, noise, resampling, run, stitched
 from pipelines import open_pipeline, write_pipeline
 from stitchvm.core import ConfigError, GuidanceCallback, NonFiniteError, StitchedValue, backbone_from
-from stitchvm.plugins.backbones.mmdit import MMDiTBackbone
 
 
 @pytest.fixture(scope="module")
@@ -30,65 +29,70 @@ def pair(folder) -> tuple[Any, Any]:
     return open_pipeline(folder, "sd3"), open_pipeline(folder, "sd3")
 
 
-def guiding(pipe: Any, value: StitchedValue | None = None) -> GuidanceCallback:
-    return GuidanceCallback(value or linear_value(pipe), "a cat", strength=5.0, window=(0.4, 0.6), **HEIGHT_WIDTH)
-
-
-@pytest.fixture
-def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An entry a decoding by a backbone."""
-    seen: list[int] = []
-    decode = MMDiTBackbone.decode_latents
-    monkeypatch.setattr(MMDiTBackbone, "decode_latents", lambda self, z: seen.append(len(z)) or decode(self, z))
-    return seen
+def guiding(pipe: Any) -> GuidanceCallback:
+    return GuidanceCallback(linear_value(pipe), "a cat", strength=5.0, window=(0.4, 0.6), **HEIGHT_WIDTH)
 
 
 # -- another autoencoder's
 
 
-def disturbed(pipe: Any) -> Any:
-    for parameter in pipe.vae.decoder.conv_out.parameters():
-        parameter.add_(0.5)
+def rescaled(pipe: Any, **settings: float) -> Any:
+    pipe.vae.register_to_config(**settings)
     return pipe
 
 
 @pytest.mark.parametrize("make", [guiding, resampling])
-def test_another_autoencoders_are_refused_in_the_first_step(pair, make):
-    """Though they have the same shape and path. Refused once more where the same callback is given again."""
+@pytest.mark.parametrize("scale", [{"scaling_factor": 1.6}, {"shift_factor": 0.1}])
+def test_another_autoencoders_are_refused_in_the_first_step(pair, make, scale):
+    """Though they have the same shape and path; also where it is compiled, or offloaded."""
     own, other = pair
-    run(other, "sd3", make(own), batch=2, num_images_per_prompt=2)
     callback, seen = make(own), Recorder()
+    run(other, "sd3", callback, batch=2, num_images_per_prompt=2)
     seen.inner = callback
-    disturbed(other)
-    for _ in range(2):
+    rescaled(other, **scale)
+    for change in (lambda: None, lambda: compiled(other), lambda: other.enable_model_cpu_offload(device="cpu")):
+        change()
         seen.before.clear()
-        with pytest.raises(ConfigError, match="cannot read the samples of .* decode one latent to different pictures"):
+        with pytest.raises(ConfigError, match=r"StableDiffusion3Pipeline's latents: .* by 1.5305 \(shift 0.0609\)"):
             run(other, "sd3", seen, batch=2, num_images_per_prompt=2)
         assert len(seen.before) == 1
-    run(own, "sd3", make(own), batch=2, num_images_per_prompt=2)
 
 
-def test_they_are_compared_once_a_pipeline(pair, decodings):
+def compiled(pipe: Any) -> None:
+    pipe.vae = torch.compile(pipe.vae)
+
+
+def test_a_value_of_stable_diffusion_does_not_read_sdxl(tmp_path):
+    """Which have as many channels and one path."""
+    for kind in ("sd", "xl"):
+        write_pipeline(tmp_path / kind, kind)
+    pipe, other = (open_pipeline(tmp_path / kind, kind) for kind in ("sd", "xl"))
+    rescaled(other, scaling_factor=0.13025)
+    with pytest.raises(ConfigError, match="UNetBackbone scales its latents by 0.18215 .* pipeline's by 0.13025"):
+        run(other, "xl", guiding(pipe))
+
+
+@pytest.mark.parametrize("change", ["decoder", "tiny", "none"])
+def test_a_decoder_of_ones_own_is_no_other_autoencoder(pair, change):
+    """Finetuned, or a distilled one in its place (as previews use), or none at all."""
     own, other = pair
-    callback = guiding(own, stitched(backbone_from(own), prompted=False))
-    for pipe, expected in ((own, 0), (other, 2), (other, 2), (own, 2), (other, 4)):
-        run(pipe, "sd3", callback)
-        assert len(decodings) == expected, "a pipeline over the value's own tensors decodes nothing"
-
-
-@pytest.mark.parametrize("kind", ["offloaded", "tiny", "none"])
-def test_a_pipeline_without_a_full_autoencoder_at_hand_is_not_compared(pair, decodings, kind):
-    """Offloaded, a distilled decoder in its place (as previews use), or none at all."""
-    own, other = pair
-    disturbed(other)
-    if kind == "offloaded":
-        other.enable_model_cpu_offload(device="cpu")
+    if change == "decoder":
+        for parameter in other.vae.decoder.parameters():
+            parameter.mul_(1.5)
     else:
-        other.vae = diffusers.AutoencoderTiny(latent_channels=4) if kind == "tiny" else None
+        other.vae = diffusers.AutoencoderTiny(latent_channels=4) if change == "tiny" else None
     guided = guiding(own)
     run(other, "sd3", guided)
-    assert decodings == []
     assert len(guided.history) == 2
+
+
+def test_a_head_keeps_the_scale_without_its_autoencoder(pair):
+    own, other = pair
+    value = stitched(backbone_from(own), prompted=False)
+    value.head.part.companions = None
+    rescaled(other, scaling_factor=2.0)
+    with pytest.raises(ConfigError, match="the pipeline's by 2 "):
+        run(other, "sd3", GuidanceCallback(value, "a cat", window=(0.4, 0.6), **HEIGHT_WIDTH))
 
 
 # -- values that are not finite
@@ -130,6 +134,18 @@ def test_a_latent_without_a_finite_gradient_is_not_guided(pair, monkeypatch, los
         assert (plain.after[step] - plain.before[step]).flatten(1).abs().amax(1).min() > 1e-3
     assert torch.equal(broken.after[1][1], broken.before[1][1])
     assert (broken.after[2][1] - broken.before[2][1]).abs().max() > 1e-3
+
+
+def test_latents_that_are_lost_are_said_to_be(pair):
+    """With their image; the other one goes on."""
+    pipe = pair[0]
+    guided = GuidanceCallback(linear_value(pipe), "a", window=(0.4, 0.4), **HEIGHT_WIDTH)
+    latents = noise("sd3", 2)
+    latents[1, 0, 0, 0] = torch.nan
+    with pytest.warns(RuntimeWarning, match=r"1 of 2 latents .* \(1 of the latents are not finite .* are lost\); they"):
+        ends = run(pipe, "sd3", guided, "a", 2, num_images_per_prompt=2, latents=latents)
+    assert ends[0].isfinite().all()
+    assert guided.history[0].values.isnan().tolist() == [False, True]
 
 
 def test_a_prompt_without_any_is_an_error_though_another_has_some(pair, monkeypatch):

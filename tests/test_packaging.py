@@ -142,7 +142,7 @@ ON_TOP = ("__init__.py", "quickstart.py")
 def test_tasks_stand_on_what_they_share_and_not_the_other_way_round(path):
     parts = path.relative_to(ROOT / "core").parts
     task = parts[0] if len(parts) > 1 else ""
-    if task in ("cli", "templates") or (not task and parts[0] in ON_TOP):
+    if task == "cli" or (not task and parts[0] in ON_TOP):
         return
     up = 2 if task else 1
     named = [module or name for module, names, level in imports(path) if level == up for name in names]

@@ -17,9 +17,7 @@ from pipelines import write_pipeline
 from reward_families import aesthetic_architecture, write_aesthetic, write_dinov2
 from stitchvm.core import StitchedValue, VariancePreservingPath, load_backbone, load_reward, registry
 from stitchvm.core.latent_space import misfit
-from stitchvm.core.reproduction import alignment as reproduction
-from stitchvm.core.reproduction import plots as alignment_plots
-from stitchvm.core.reproduction import world_values
+from stitchvm.core.reproduction import alignment_tables, plots, world_values
 from stitchvm.core.reproduction.alignment_rows import TABLES, Pair, Settings
 from stitchvm.core.reproduction.report import columns
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
@@ -91,13 +89,13 @@ def _undrawn(request, monkeypatch) -> None:
     """The others are spared the time they take."""
     if "drawn" not in request.fixturenames:
         for name in ("reward_bars", "sweep_curves", "cost_curves"):
-            monkeypatch.setattr(alignment_plots, name, lambda *_: None)
+            monkeypatch.setattr(plots, name, lambda *_: None)
 
 
 @pytest.fixture
 def aligned(monkeypatch) -> list[str]:
     """The method of every call of ``align`` that is not answered by a cell."""
-    return _seen(monkeypatch, reproduction, "align")
+    return _seen(monkeypatch, alignment_tables, "align")
 
 
 @pytest.fixture
@@ -206,13 +204,13 @@ def test_particle_methods_and_what_tables_share(world, models, tmp_path, aligned
 
 
 def test_reward_against_cost(world, drawn, models, tmp_path, monkeypatch):
-    from stitchvm.core.reproduction import alignment_rows as reproduction_tables
+    from stitchvm.core.reproduction import alignment_rows
 
     names = [row.name for row in TABLES["fig3"].make(Settings(), Pair("recall"))]
     assert names == ["plain", *(f"fk-stitched-n{n}" for n in (1, 2, 4, 8, 14)), "fk-stitched-n4-m2",
                      "fk-stitched-n8-m2", "fk-stitched-n8-m6"]  # fmt: skip
-    monkeypatch.setattr(reproduction_tables, "CURVE", (1, 2))
-    monkeypatch.setattr(reproduction_tables, "PROPOSED", ((2, 2),))
+    monkeypatch.setattr(alignment_rows, "CURVE", (1, 2))
+    monkeypatch.setattr(alignment_rows, "PROPOSED", ((2, 2),))
     report = small("fig3", tmp_path, models, rewards=["tiny-clip"])
     rows = by_row(report)
     one, two = (rows[f"fk-stitched-n{n}"] for n in (1, 2))
@@ -310,7 +308,7 @@ def test_samples_that_a_value_model_is_stitched_on_are_of_the_tables_sampler(wor
 
 def test_an_interrupted_run_goes_on(world, models, tmp_path, monkeypatch, aligned):
     settings = changed(strengths_tweedie=(1.0,))
-    real, calls = reproduction.align, []
+    real, calls = alignment_tables.align, []
 
     def killed(method: str, *rest: Any, **options: Any) -> Any:
         calls.append(method)
@@ -319,7 +317,7 @@ def test_an_interrupted_run_goes_on(world, models, tmp_path, monkeypatch, aligne
         return real(method, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reproduction, "align", killed)
+        patch.setattr(alignment_tables, "align", killed)
         with pytest.raises(KeyboardInterrupt):
             small("table1", tmp_path, models, rewards=["tiny-clip"], settings=settings)
     before = json.loads((tmp_path / "table1.json").read_text())

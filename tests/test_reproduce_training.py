@@ -10,8 +10,8 @@ import pytest
 
 from stitchvm.core import ArtefactError, ConfigError
 from stitchvm.core.files import read_tensors, write_tensors
-from stitchvm.core.reproduction.training import _gain, _time_to_match, reproduce_training
 from stitchvm.core.reproduction.training_rows import TRAINING_TABLES, TrainingScale
+from stitchvm.core.reproduction.training_tables import _gain, _time_to_match, reproduce_training
 from stitchvm.core.reproduction.worlds import Scale
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from test_reproduce import networks, world  # noqa: F401  (fixtures)

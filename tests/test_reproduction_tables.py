@@ -9,7 +9,7 @@ import families
 from analytic import GaussianBackbone, LinearReward, exact_stitched
 from stitchvm.core import ConfigError
 from stitchvm.core.costs import peak_memory
-from stitchvm.core.reproduction import alignment as reproduction
+from stitchvm.core.reproduction import alignment_tables
 from stitchvm.core.reproduction.alignment_rows import TABLES, Pair, Settings, table_of
 from stitchvm.core.reproduction.values import equivalents, pass_costs
 
@@ -41,7 +41,7 @@ def test_passes_in_denoiser_passes():
 def test_the_peak_of_memory_begins_anew():
     torch.ones(64 * 2**20)  # 256 MB, let go at once
     before = peak_memory()
-    reproduction.forget_peak()
+    alignment_tables.forget_peak()
     assert peak_memory() < before - 128 * 2**20
 
 

@@ -20,7 +20,7 @@ from stitchvm.core.checkpoints import under
 from stitchvm.core.cli.training import _mean
 from stitchvm.core.costs import CostMeter
 from stitchvm.core.files import read_tensors
-from stitchvm.core.reproduction.training import _entry, _gain
+from stitchvm.core.reproduction.training_tables import _entry, _gain
 from stitchvm.core.training.evaluation import Gallery, _fallen
 from stitchvm.plugins.aligners.draft import Draft
 from test_training import PROMPTS, assert_equal, lora_of

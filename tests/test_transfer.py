@@ -31,7 +31,7 @@ from stitchvm.core import (
     load_backbone,
     registry,
 )
-from stitchvm.core.latent_space import misfit
+from stitchvm.core.latent_space import SAME_PICTURE, misfit, pipeline_misfit
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from stitchvm.core.stitching.run import VAE_STITCHING
 from toy_world import BACKBONE, redrawn
@@ -167,6 +167,32 @@ def test_the_precision_of_an_autoencoder_makes_it_no_other(named, networks):
     half.vae.to(torch.bfloat16)
     assert misfit(load_backbone("one"), backbone_from(half)) is None
     assert misfit(load_backbone("stranger"), backbone_from(half)) is not None
+
+
+def test_half_an_autoencoder_finetuned_makes_no_other(named, networks):
+    """What is encoded decides then: the latents are those of the same encoder."""
+    own, tuned = load_backbone("one"), open_pipeline(networks / "one")
+    for parameter in tuned.vae.decoder.parameters():
+        parameter.mul_(1.5)
+    other = backbone_from(tuned)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    far = own.decode_latents(latents).clamp(0, 1) - other.decode_latents(latents).clamp(0, 1)
+    assert far.square().mean().sqrt() > SAME_PICTURE, "or else the encoder would not be asked"
+    assert misfit(own, other) is None
+    for parameter in tuned.vae.encoder.parameters():
+        parameter.mul_(1.5)
+    assert "decode one latent to different pictures" in misfit(own, other)
+    for parameter in tuned.vae.decoder.parameters():
+        parameter.div_(1.5)
+    assert misfit(own, other) is None, "the same pictures, whatever encodes them"
+
+
+def test_a_folder_s_value_knows_the_scale_of_its_latents(named, networks, tmp_path):
+    stitched(tmp_path / "value")
+    source, pipe = StitchedValue.from_pretrained(tmp_path / "value").head.part, open_pipeline(networks / "sister")
+    assert source.companions is None and pipeline_misfit(source, pipe) is None
+    pipe.vae.register_to_config(scaling_factor=0.5)
+    assert "the autoencoder of one scales its latents by 1.5305" in pipeline_misfit(source, pipe)
 
 
 def test_a_value_that_reads_prompts_needs_them_encoded_alike(named, tmp_path):

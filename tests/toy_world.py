@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from stitchvm.core import align
 from stitchvm.core.images import to_tensor
-from stitchvm.core.reproduction.alignment import reproduce
 from stitchvm.core.reproduction.alignment_rows import Settings
+from stitchvm.core.reproduction.alignment_tables import reproduce
 from stitchvm.core.reproduction.worlds import Scale
 
 DATASET = """

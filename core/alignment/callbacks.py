@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -21,14 +20,13 @@ from ..attention import gradient_in
 from ..backbone import Backbone
 from ..conditions import Condition
 from ..errors import ConfigError, NonFiniteError
-from ..estimators import Stitched
-from ..loading import backbone_from, families_of
+from ..latent_space import pipeline_misfit
 from ..paths import Prediction, as_sigma, spread
 from ..validators import number_within, one_of, whole_from
 from ..value import StitchedValue
 from .particles import Resampling, step_generators
 from .resampling import RESAMPLERS, draw_ancestors
-from .run import check_latents, reward_condition
+from .run import reward_condition
 from .scheduler_steps import step_of
 from .windows import Window, steps_within
 
@@ -83,9 +81,6 @@ class _Step:
 class StepCallback(ABC):
     """What both callbacks share: which steps they act in, and what stands between a pipeline's latents and a value's.
 
-    Where the pipeline has an ``AutoencoderKL`` that is not offloaded, its first call is compared with the value's own
-    backbone as in ``align``: latents of another autoencoder would be read wrongly.
-
     ``prompt`` as the pipeline is called with it; so are ``height`` and ``width``, which a pipeline that packs its
     latents (FLUX) does not tell. ``batch`` bounds the latents of one pass of the value and changes nothing else. The
     last step's clean latents are left alone: a value is for noisy ones.
@@ -100,7 +95,6 @@ class StepCallback(ABC):
     history: list[Any] = attrs.field(factory=list, init=False)
     _rewarded: Condition | None = attrs.field(default=None, init=False)
     _prompted: Condition | None = attrs.field(default=None, init=False)
-    _compared: Any = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         if (self.height is None) != (self.width is None):
@@ -110,8 +104,8 @@ class StepCallback(ABC):
         """The tensors that the pipeline goes on with.
 
         Raises :class:`ConfigError` for a pipeline that does not hand out its latents, or holds others than the value
-        reads; ``WeightsError`` where it cannot be told, since the autoencoder that the value was stitched over cannot
-        be opened; and ``NonFiniteError`` for values that are not finite.
+        reads (of an autoencoder with another scale, :func:`~stitchvm.core.latent_space.pipeline_misfit`), and
+        ``NonFiniteError`` for values that are not finite.
         """
         if "latents" not in tensors:
             raise ConfigError(
@@ -152,12 +146,13 @@ class StepCallback(ABC):
         return steps_within(sigmas, self.window)
 
     def restart(self, pipeline: Any) -> None:
-        """Forget the call before this one, and see that the value reads this pipeline's latents."""
+        """Forget the call before this one."""
+        if reason := pipeline_misfit(self._backbone, pipeline):
+            raise ConfigError(
+                f"the value of {', '.join(self.value.names)} cannot read this {type(pipeline).__name__}'s latents: "
+                f"{reason}. Stitch one to a model with the pipeline's autoencoder."
+            )
         self.history, self._prompted, self._rewarded = [], None, None
-        if self._compared is None or self._compared() is not pipeline:
-            if _decodes(pipeline):
-                check_latents(Stitched(self.value), self._sampled(pipeline))
-            self._compared = weakref.ref(pipeline)
 
     @abstractmethod
     def change(self, pipeline: Any, step: _Step, latents: Tensor) -> Tensor:
@@ -174,12 +169,15 @@ class StepCallback(ABC):
         return self.value(latents, step.sigma, self._rewarded.index(rows).to(device), prompt=prompt)
 
     def _encoded(self, pipeline: Any) -> Condition:
-        """The prompts by the pipeline's text encoders or, where those are offloaded, by those of the value's own
-        backbone."""
+        """The prompts by the pipeline's text encoders or, where those lie where only its own calls fetch them from, by
+        those of the value's own backbone."""
         own, prompts = self._backbone, list(self.prompts)
-        if not _offloaded(pipeline):
-            return self._sampled(pipeline).encode_prompts(prompts)
-        theirs = {id(parameter) for part in _parts(pipeline) for parameter in part.parameters()}
+        parts = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
+        if not any(hasattr(part, "_hf_hook") for part in parts):
+            # The value's own family: pipelines with more parts (a ControlNet) are of classes that no family names.
+            found: Condition = type(own).from_pipeline(pipeline).encode_prompts(prompts)  # type: ignore[attr-defined]
+            return found
+        theirs = {id(parameter) for part in parts for parameter in part.parameters()}
         if any(id(parameter) in theirs for parameter in self.value.head.parameters()):
             raise ConfigError(
                 f"the value's head reads the prompt, but the text encoders of this {type(pipeline).__name__} are "
@@ -187,13 +185,6 @@ class StepCallback(ABC):
                 "backbone of its own: StitchedValue.from_pretrained(folder), without backbone=."
             )
         return own.encode_prompts(prompts)
-
-    def _sampled(self, pipeline: Any) -> Backbone:
-        """The pipeline's backbone; of a class that no family names (a ControlNet's), by the value's own family."""
-        if families_of(pipeline):
-            return backbone_from(pipeline)
-        found: Backbone = type(self._backbone).from_pipeline(pipeline)  # type: ignore[attr-defined]
-        return found
 
     @property
     def _backbone(self) -> Backbone:
@@ -204,21 +195,6 @@ class StepCallback(ABC):
     @property
     def _size(self) -> tuple[int, int] | None:
         return None if self.height is None or self.width is None else (self.height, self.width)
-
-
-def _parts(pipeline: Any) -> list[nn.Module]:
-    return [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
-
-
-def _offloaded(pipeline: Any) -> bool:
-    """Whether its parts lie where only its own calls fetch them from."""
-    return any(hasattr(part, "_hf_hook") for part in _parts(pipeline))
-
-
-def _decodes(pipeline: Any) -> bool:
-    """Whether it has a full autoencoder at hand, to compare its latents' pictures by."""
-    classes = {cls.__name__ for cls in type(getattr(pipeline, "vae", None)).__mro__}
-    return "AutoencoderKL" in classes and not _offloaded(pipeline)
 
 
 @attrs.define(eq=False)
@@ -251,7 +227,7 @@ class GuidanceCallback(StepCallback):
         found = [self._differentiate(pipeline, step, part) for part in step.parts(self.batch)]
         values, gradient = (torch.cat(each) for each in zip(*found, strict=True))
         usable = values.isfinite() & gradient.flatten(1).isfinite().all(1)
-        self._warned(usable, step)
+        self._check_usable(usable.cpu(), step)
         gradient = gradient.masked_fill(~usable[:, None, None, None], 0)
         if self.normalisation == "unit-rms":
             size = gradient.square().mean((1, 2, 3)).sqrt()
@@ -274,18 +250,20 @@ class GuidanceCallback(StepCallback):
             gradient = gradient_in(z, values, self.value.dtype)
         return values.detach(), gradient
 
-    def _warned(self, usable: Tensor, step: _Step) -> None:
+    def _check_usable(self, usable: Tensor, step: _Step) -> None:
         """An error where no latent of a prompt is ``usable [B]``, a warning where some are not."""
-        for number, prompt in enumerate(self.prompts):
-            if not bool(usable[step.prompts.to(usable.device) == number].any()):
-                raise NonFiniteError(
-                    f"no image of prompt {prompt!r} has a value with a finite gradient at sigma {step.sigma:g}; check "
-                    "the latents and the precision, and use a lower strength."
-                )
+        none = ~usable.view(len(self.prompts), -1).any(1)
+        broken = int((~step.latents.flatten(1).isfinite().all(1)).sum())
+        latents = f" ({broken} of the latents are not finite themselves: their images are lost)" if broken else ""
+        if bool(none.any()):
+            raise NonFiniteError(
+                f"no image of prompt {self.prompts[int(none.nonzero()[0])]!r} has a value with a finite gradient at "
+                f"sigma {step.sigma:g}{latents}; check the latents and the precision, and use a lower strength."
+            )
         if lost := int((~usable).sum()):
             warnings.warn(
-                f"{lost} of {len(usable)} latents have no value with a finite gradient at sigma {step.sigma:g}; they "
-                "are not guided in this step.", RuntimeWarning, stacklevel=2
+                f"{lost} of {len(usable)} latents have no value with a finite gradient at sigma {step.sigma:g}{latents}"
+                "; they are not guided in this step.", RuntimeWarning, stacklevel=2
             )  # fmt: skip
 
 

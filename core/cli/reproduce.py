@@ -104,8 +104,8 @@ def command(
             recipe=read_recipe(recipe, {}), **chosen,
         )  # fmt: skip
         return
-    from ..reproduction.alignment import reproduce
     from ..reproduction.alignment_rows import TABLES, Settings, table_of
+    from ..reproduction.alignment_tables import reproduce
 
     if table not in TABLES:
         raise ConfigError(f"unknown table {table!r}; choose one of {', '.join((*TABLES, *TRAINING_TABLES))}.")

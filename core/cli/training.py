@@ -68,8 +68,8 @@ def train_and_compare(
     table: str, world: str, out: Path, settings: Sequence[str], as_json: bool, **options: Any
 ) -> None:
     """Do a table's trainings and show what became of the rewards; exits with 1 when one failed."""
-    from ..reproduction.training import reproduce_training
     from ..reproduction.training_rows import TrainingScale
+    from ..reproduction.training_tables import reproduce_training
     from ..structuring import structure
 
     scale = structure(TrainingScale, key_values(settings, "--set", "updates=200"), "settings of the training")

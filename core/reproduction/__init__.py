@@ -1,1 +1,1 @@
-"""The tables and figures of the paper's alignment (paper, sections 5 and 6), run on a small trained world."""
+"""The paper's alignment tables and figures, and the matrix of every pair, run on a small trained world."""

@@ -1,7 +1,7 @@
 """The rows of the paper's inference-time alignment (paper, section 5), for whatever models a world has.
 
 A row is data: a method, what estimates its value, and settings of :func:`~stitchvm.core.align`. Running rows is
-:mod:`stitchvm.core.reproduction.alignment`'s part.
+:mod:`stitchvm.core.reproduction.alignment_tables`'s part.
 """
 
 from __future__ import annotations

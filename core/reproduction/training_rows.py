@@ -1,7 +1,7 @@
 """The rows of the paper's training-time alignment (paper, section 6), for whatever models a world has.
 
 A row is data: a method with its settings, plain or stopped early. Running rows is
-:mod:`stitchvm.core.reproduction.training`'s part.
+:mod:`stitchvm.core.reproduction.training_tables`'s part.
 """
 
 from __future__ import annotations

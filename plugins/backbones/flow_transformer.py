@@ -86,7 +86,7 @@ class FlowTransformer(Backbone):
         """
         super().__init__(net)
         self.companions = companions
-        self.latent_factor = companions.latent_factor
+        self.latent_factor, self.latent_scale = companions.latent_factor, companions.scale_and_shift
         self.text_tokens = self.leading_tokens + max_sequence_length
 
     # -- slicing ------------------------------------------------------------------------------------------------------

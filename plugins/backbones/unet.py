@@ -87,7 +87,7 @@ class UNetBackbone(Backbone):
         self.time = time
         self.prediction = time.prediction
         self.latent_channels = net.config.in_channels
-        self.latent_factor = companions.latent_factor
+        self.latent_factor, self.latent_scale = companions.latent_factor, companions.scale_and_shift
         self.native_resolution = native_resolution or net.config.sample_size * self.latent_factor
         self._layers = chain(net)
         self._text_tokens = text_tokens
