@@ -297,7 +297,7 @@ def follows_the_value(aligner: Any) -> None:
 
 @check("aligner", needs="estimator")
 def value_not_finite(aligner: Any) -> None:
-    """A value that is not finite is an error, not a result."""
+    """Where no particle has a finite value, that is an error, not a result."""
     trial = Trial(aligner, estimator=BrokenValue())
     refuses(trial.run, NonFiniteError, "a value that is NaN", "problem.estimate raises it.")
 
