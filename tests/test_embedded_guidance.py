@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from analytic import LinearReward
 from families import flux, mmdit, write_clip
@@ -29,11 +30,13 @@ from stitchvm.core import (
 )
 from stitchvm.core.alignment.particles import initial_noise
 from stitchvm.core.alignment.run import estimator_identity
+from stitchvm.core.diagnosis import ranking
 from stitchvm.core.diagnosis import report as diagnosis_report
 from stitchvm.core.diagnosis.ranking import rank_seeds
 from stitchvm.core.provenance import network_identity
 from stitchvm.core.sampling import chosen_guidance, guided
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
+from toy_world import DATASET, by_row, changed, small
 
 NAMES = """
 [backbones.tiny-flux]
@@ -51,6 +54,12 @@ family = "clip"
 path = "clip"
 """
 
+WORLD = """
+[datasets.toy]
+load = "toy_data:Toy"
+"""
+SMALL_TRAINING = {"updates": 1, "prompts_per_update": 1, "batch": 2}
+
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> Path:
@@ -65,6 +74,14 @@ def networks(tmp_path_factory) -> Path:
 @pytest.fixture
 def named(networks, fresh_registry) -> None:
     registry().add(networks / "names.toml")
+
+
+@pytest.fixture
+def world(networks, install, fresh_registry) -> None:
+    """The same names, and a dataset to judge them on."""
+    install("toy-data", {"toy_data": DATASET})
+    (networks / "world.toml").write_text(NAMES + WORLD)
+    registry().add(networks / "world.toml")
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +103,11 @@ def measured(backbone: Any, **settings: Any) -> core.Diagnosis:
                     gradients=False, progress=False, **settings)  # fmt: skip
 
 
-def stitched(out: Path | None, backbone: Any = "tiny-flux") -> StitchedValue:
+def stitched(out: Path | None, backbone: Any = "tiny-flux", **settings: Any) -> StitchedValue:
     images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return core.stitch(backbone, "tiny-clip", images=images, out=out, interface=(3, 1), probes=4, progress=False,
-                       recipe=FinetuneSettings(steps=1, batch_size=4))  # fmt: skip
+    fixed = {} if "start_from" in settings else {"interface": (3, 1), "probes": 4}
+    given = {"recipe": FinetuneSettings(steps=1, batch_size=4), **fixed, **settings}
+    return core.stitch(backbone, "tiny-clip", images=images, out=out, progress=False, **given)
 
 
 def read(value: StitchedValue) -> torch.Tensor:
@@ -212,8 +230,100 @@ def test_the_commands_take_it(named, run, tmp_path):
                          2, "--sigmas", 0.9, "--no-gradients", "--out", tmp_path / "diagnosis")  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["kernels"]["ode"]["settings"]["backbone"]["guidance"] == 9.0
-    code, _, err = run("align", "draft", "tiny-flux", *given, *at, "--out", tmp_path / "training")
-    assert code == 2 and "--embedded-guidance" in err and err.count("\n") == 1
+    small = [part for entry in SMALL_TRAINING.items() for part in ("--train", "=".join(map(str, entry)))]
+    code, out, err = run("align", "draft", "tiny-flux", *given, *at, *small, "--out", tmp_path / "training")
+    assert code == 0, err
+    assert json.loads(out)["settings"]["backbone"]["guidance"] == 9.0
+
+
+# -- making a value model, training, ranking
+
+
+def test_a_value_model_is_stitched_at_the_embedded_guidance(named, tmp_path):
+    """Head and samples alike; one finetuned further keeps its head, and only its samples are drawn at another."""
+    high = load_backbone("tiny-flux").with_embedded_guidance(9.0)
+    drawn = {"recipe": FinetuneSettings(steps=1, batch_size=4, generated=0.5), "samples": 4, "prompts": ["a"]}
+    given, twin, own = (
+        stitched(None, *args, **drawn, **settings)
+        for args, settings in (((), {"embedded_guidance": 9.0}), ((high,), {}), ((), {}))
+    )
+    assert given.head.part.guidance == 9.0 and torch.equal(read(given), read(twin))
+    assert not torch.equal(read(given), read(own))
+    own.save_pretrained(tmp_path / "own")
+    further = stitched(None, start_from=tmp_path / "own", embedded_guidance=9.0, **drawn)
+    assert further.head.part.guidance == 3.5
+    told = [value.provenance.examples["drawn by"]["embedded_guidance"] for value in (given, own, further)]
+    assert told == [9.0, 3.5, 9.0]
+    with pytest.raises(ConfigError, match="tiny-sd3 has no embedded guidance to be set to 9"):
+        stitched(None, "tiny-sd3", embedded_guidance=9.0)
+
+
+def test_stitch_and_evaluate_take_it(world, run, tmp_path, monkeypatch):
+    """As commands: the head reads it, and so does the sampler whose seeds are ranked."""
+    seen = []
+
+    def follow(trajectories: Any, *_: Any) -> None:
+        seen.append(trajectories.backbone)
+        raise ConfigError("nothing is followed here")
+
+    monkeypatch.setattr(ranking.Trajectories, "follow", follow)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(8):
+        Image.new("RGB", (16, 16), (30 * number, 99, 9)).save(images / f"{number}.png")
+    small = ("--steps", 1, "--batch-size", 4, "--interface", "3,1", "--probes", 4)
+    code, _, err = run("stitch", "tiny-flux", "tiny-clip", "--images", images, "--out", tmp_path / "value", *small,
+                       "--embedded-guidance", 9)  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "value" / artefact.CONFIG).read_text())["guidance"] == 9.0
+    evaluate = (
+        "evaluate",
+        tmp_path / "value",
+        "--data",
+        "toy",
+        "--count",
+        8,
+        "--sigmas",
+        0.5,
+        "--embedded-guidance",
+        9,
+    )
+    code, _, err = run(*evaluate)
+    assert code == 2 and "--embedded-guidance" in err and "--ranking" in err
+    code, _, err = run(*evaluate, "--ranking", "--prompts", 1, "--steps", 2)
+    assert code == 2 and "nothing is followed here" in err
+    assert [network.guidance for network in seen] == [9.0]
+
+
+def test_a_policy_is_trained_at_the_embedded_guidance(named, tmp_path):
+    def trained(out: str, backbone: Any = "tiny-flux", **settings: Any) -> core.TrainResult:
+        return core.train("draft", backbone, None, ["a"], out=tmp_path / out, training=SMALL_TRAINING, steps=2,
+                          reward=brightness(), samples_per_prompt=1, progress=False, **settings)  # fmt: skip
+
+    high = load_backbone("tiny-flux").with_embedded_guidance(9.0)
+    given, twin, own = trained("given", embedded_guidance=9.0), trained("twin", high), trained("own")
+    scores = [result.record.evaluations[0]["rewards"] for result in (given, twin, own)]
+    assert scores[0] == scores[1] != scores[2]
+    assert given.record.settings == twin.record.settings and given.record.settings["backbone"]["guidance"] == 9.0
+    with pytest.raises(ConfigError, match="another|differ"):
+        trained("own", embedded_guidance=9.0)
+
+
+def test_a_table_is_at_the_embedded_guidance_of_those_that_read_any(world, tmp_path):
+    own, high = (
+        small("table2", tmp_path / str(scale), settings=changed(prompts=2, steps=2, embedded_guidance=scale),
+              rows=["best-of-2"])
+        for scale in (None, 9.0)
+    )  # fmt: skip
+    assert not own["failed"] and not high["failed"]
+    assert high["settings"]["embedded_guidance"] == 9.0 and "embedded_guidance" not in own["settings"]
+    for name, same in (("tiny-sd3", True), ("tiny-flux", False)):
+        rows = [by_row(report, backbone=name)["plain"]["scores"]["tiny-clip"]["mean"] for report in (own, high)]
+        assert (rows[0] == rows[1]) is same, name
+    lone = align("sample", "tiny-flux", None, ["test a", "test b"], reward="tiny-clip", steps=2, embedded_guidance=9.0,
+                 progress=False)  # fmt: skip
+    row = by_row(high, backbone="tiny-flux")["plain"]
+    assert row["scores"]["tiny-clip"]["mean"] == pytest.approx(float(lone.rewards.mean()), abs=1e-6)
 
 
 # -- a value model's head

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, Weights, key_values, refuse_given, weighted
+from .options import BackboneName, EmbeddedGuidance, Weights, key_values, refuse_given, weighted
 from .output import Json, print_json, print_table
 from .training import train_and_print
 
@@ -58,9 +58,7 @@ def command(
         float | None,
         typer.Option(help="Classifier-free guidance; 1 is none (default: 3; 1 if distilled and in training)."),
     ] = None,
-    embedded_guidance: Annotated[
-        float | None, typer.Option(help="What a distilled backbone reads beside its time (FLUX; default: its own).")
-    ] = None,
+    embedded_guidance: EmbeddedGuidance = None,
     negative_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What classifier-free guidance leads away from.")
     ] = None,
@@ -97,12 +95,13 @@ def command(
     steered_by, own = value if estimator is None else estimator, method_settings(context, settings or ())
     judge = weighted(reward, weights)
     if registry().aligner(method).trains:
-        surplus = ("particles", "proposals", "batch", "reuse", "lora", "embedded_guidance", "negative_prompt")
+        surplus = ("particles", "proposals", "batch", "reuse", "lora", "negative_prompt")
         refuse_given(context, surplus, f"{method} trains; see --set, and --train batch=N.")
         chosen = {"steps": steps, "guidance_scale": guidance_scale}
         train_and_print(
             method, backbone, steered_by, prompts, count, out, as_json, training or (), seed=seed, reward=judge,
-            resolution=resolution, held_out_rewards=tuple(held_out_reward or ()), watched=evaluation_prompts, **own,
+            embedded_guidance=embedded_guidance, resolution=resolution,
+            held_out_rewards=tuple(held_out_reward or ()), watched=evaluation_prompts, **own,
             **{name: entry for name, entry in chosen.items() if entry is not None},
         )  # fmt: skip
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .options import BackboneName, Weights, levels, names, weighted
+from .options import BackboneName, EmbeddedGuidance, Weights, levels, names, weighted
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -56,9 +56,7 @@ def command(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is none (default: 3, or 1 if distilled).")
     ] = None,
-    embedded_guidance: Annotated[
-        float | None, typer.Option(help="What a distilled backbone reads beside its time (FLUX; default: its own).")
-    ] = None,
+    embedded_guidance: EmbeddedGuidance = None,
     gradients: Annotated[bool, typer.Option(help="Compare gradients with those of many rollouts.")] = True,
     gradient_rollouts: Annotated[int, typer.Option(help="Rollouts of the gradient that is compared with.")] = 64,
     gradient_prompts: Annotated[int, typer.Option(help="Prompts to compare gradients on.")] = 4,

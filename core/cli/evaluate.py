@@ -10,7 +10,7 @@ import attrs
 import typer
 
 from ..errors import ConfigError
-from .options import levels, refuse_given
+from .options import EmbeddedGuidance, levels, refuse_given
 from .output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..value import StitchedValue
 
 
-_OF_RANKING = ("prompts", "seeds", "steps", "guidance_scale")
+_OF_RANKING = ("prompts", "seeds", "steps", "guidance_scale", "embedded_guidance")
 _OF_VALUES = ("count", "sigmas", "vae", "ranking", *_OF_RANKING, "reward", "backbone", "seed")
 
 
@@ -39,6 +39,7 @@ def command(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance of the ranked seeds (default: 3, or 1 if distilled).")
     ] = None,
+    embedded_guidance: EmbeddedGuidance = None,
     reward: Annotated[str | None, typer.Option(help="Which of a value model's rewards to measure.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Instead of the value model's own.")] = None,
     repetitions: Annotated[
@@ -72,7 +73,10 @@ def command(
         job = _Job.load(folders[0], data, vae, backbone, levels(sigmas, "--sigmas"), seed)
         report, show = job.measure(count, reward), _print_value
         if ranking:
-            report["ranking"] = job.ranking(prompts, seeds, steps, guidance_scale, reward)
+            report["ranking"] = job.ranking(
+                prompts, reward, seeds=seeds, steps=steps, guidance_scale=guidance_scale,
+                embedded_guidance=embedded_guidance,
+            )  # fmt: skip
         _draw(report, target)
     if target is not None:
         write_json(target / "evaluation.json", report)
@@ -139,9 +143,8 @@ class _Job:
         retrieval = {**found.report(), "retention": skill.retention("stitched")}
         return {"retrieval": retrieval, "skill": skill.report()}
 
-    def ranking(
-        self, prompts: int, seeds: int, steps: int, guidance_scale: float | None, reward: str | None
-    ) -> dict[str, Any]:
+    def ranking(self, prompts: int, reward: str | None, **sampling: Any) -> dict[str, Any]:
+        """Of held-out ``prompts``' seeds, drawn as ``sampling`` tells ``rank_seeds``."""
         from ..diagnosis.ranking import rank_seeds
         from ..estimators import Stitched, Tweedie
 
@@ -150,8 +153,7 @@ class _Job:
         whole = value.objective()
         return rank_seeds(
             self.backbone, {"stitched": Stitched(value), "tweedie": Tweedie(whole)}, whole,
-            self.dataset.prompts("test", prompts, self.seed), seeds=seeds, steps=steps, guidance_scale=guidance_scale,
-            sigmas=self.sigmas, seed=self.seed,
+            self.dataset.prompts("test", prompts, self.seed), sigmas=self.sigmas, seed=self.seed, **sampling,
         ).report()  # fmt: skip
 
 

@@ -27,6 +27,9 @@ Blocks = Annotated[str, typer.Option(metavar="LIST", help="Reward blocks to try 
 Weights = Annotated[
     str | None, typer.Option(metavar="LIST", help="Of the rewards of --reward, such as 1,0.5 (default: 1 each).")
 ]
+EmbeddedGuidance = Annotated[
+    float | None, typer.Option(help="What a distilled backbone reads beside its time (FLUX; default: its own).")
+]
 Taps = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Earlier backbone cuts that the layer reads too, such as 1,4 (default: none)."),

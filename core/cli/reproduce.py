@@ -9,14 +9,14 @@ import typer
 
 from ..errors import ConfigError
 from .align import method_settings
-from .options import names, reals, refuse_given
+from .options import EmbeddedGuidance, names, reals, refuse_given
 from .output import Json, print_json, print_table
 from .stitch import read_recipe
 from .training import train_and_compare
 
 _OF_SAMPLING = (
-    "prompts", "steps", "guidance_scale", "seed", "batch", "particles", "proposals", "strength", "strengths_tweedie",
-    "strengths_stitched", "normaliser", "methods",
+    "prompts", "steps", "guidance_scale", "embedded_guidance", "seed", "batch", "particles", "proposals", "strength",
+    "strengths_tweedie", "strengths_stitched", "normaliser", "methods",
 )  # fmt: skip
 _OF_REWARD = "(default: by the reward's scale)"
 
@@ -48,6 +48,7 @@ def command(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is none (default: 3, or 1 if distilled).")
     ] = None,
+    embedded_guidance: EmbeddedGuidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all randomness.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples in memory at a time; changes nothing else.")] = 64,
     particles: Annotated[int, typer.Option(min=1, help="Of the particle methods (fig3 has its own).")] = 4,
@@ -110,8 +111,8 @@ def command(
     if table not in TABLES:
         raise ConfigError(f"unknown table {table!r}; choose one of {', '.join((*TABLES, *TRAINING_TABLES))}.")
     settings = Settings(
-        prompts=prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch=batch, particles=particles,
-        proposals=proposals, strength=strength, normaliser=normaliser,
+        prompts=prompts, steps=steps, guidance_scale=guidance_scale, embedded_guidance=embedded_guidance, seed=seed,
+        batch=batch, particles=particles, proposals=proposals, strength=strength, normaliser=normaliser,
         strengths_tweedie=None if strengths_tweedie is None else reals(strengths_tweedie, "--strengths-tweedie"),
         strengths_stitched=None if strengths_stitched is None else reals(strengths_stitched, "--strengths-stitched"),
         methods=() if methods is None else names(methods, "--methods"), options=method_settings(context, options or ()),

@@ -14,6 +14,7 @@ from .options import (
     BackboneName,
     Blocks,
     Cuts,
+    EmbeddedGuidance,
     Images,
     RewardNames,
     Taps,
@@ -61,6 +62,7 @@ def command(
         float | None,
         typer.Option(help="Classifier-free guidance of the sampler to be read (default: 3, or 1 if distilled)."),
     ] = None,
+    embedded_guidance: EmbeddedGuidance = None,
     prompts: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="What they are drawn for: a dataset or a text file (default: no prompt)."),
@@ -115,7 +117,7 @@ def command(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples,
         generation=GenerationSettings(sampling_steps, guidance_scale, settings.seed), seed=settings.seed,
-        conditioning=conditioning, start_from=start_from, loras=tuple(lora or ()),
+        embedded_guidance=embedded_guidance, conditioning=conditioning, start_from=start_from, loras=tuple(lora or ()),
         **_where(interface, vae, cuts, blocks, start_from), **_given(searching),
     )  # fmt: skip
     warn_skipped(source)

@@ -24,7 +24,7 @@ from ..loading import load_backbone
 from ..metrics import spearman
 from ..paths import Prediction
 from ..progress import track
-from ..sampling import Denoiser, chosen_guidance, sample, seeded_noise
+from ..sampling import Denoiser, guided, sample, seeded_noise
 from ..seeds import stream_seed
 from .readings import Reading, kept, total_costs
 
@@ -106,6 +106,7 @@ def rank_seeds(
     seeds: int = 12,
     steps: int = 28,
     guidance_scale: float | None = None,
+    embedded_guidance: float | None = None,
     sigmas: Sequence[float] = SIGMAS,
     resolution: int | None = None,
     seed: int = 0,
@@ -115,12 +116,13 @@ def rank_seeds(
     """Follow ``seeds`` plain ODE samples of every prompt and read each estimator on the way.
 
     An estimator is given the trajectory's prediction, as when steering. The noise is that of ``align`` with the same
-    ``seed``. Raises :class:`ConfigError` for fewer than two seeds or no prompt, and when no prompt's rewards differ.
+    ``seed``; ``guidance_scale`` and ``embedded_guidance`` are, too. Raises :class:`ConfigError` for fewer than two
+    seeds or no prompt, and when no prompt's rewards differ.
     """
-    network = load_backbone(backbone)
+    network, scale = guided(load_backbone(backbone), guidance_scale, embedded_guidance)
     trajectories = Trajectories(
         backbone=network, reward=load_judge(reward, network.device), prompts=tuple(prompts), seeds=seeds, steps=steps,
-        guidance_scale=chosen_guidance(network, guidance_scale), sigmas=tuple(sigmas), resolution=resolution, seed=seed,
+        guidance_scale=scale, sigmas=tuple(sigmas), resolution=resolution, seed=seed,
         batch=batch,
     )  # fmt: skip
     return trajectories.follow(estimators, "ranking", progress)

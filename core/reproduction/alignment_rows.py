@@ -69,11 +69,12 @@ def _strengths(value: Sequence[float] | None) -> tuple[float, ...] | None:
 class Settings:
     """What all rows share, and what a table's rows are made of.
 
-    ``prompts`` held-out ones; ``guidance_scale`` as in ``align``; ``batch`` bounds the samples of one network pass and
-    changes nothing else. ``particles`` and ``proposals`` of the particle methods, whose ``strength`` (in inverse units
-    of the reward, like the sweeps of gradient guidance ``strengths_tweedie`` and ``strengths_stitched``) follows the
-    reward's metric when None. ``normaliser`` scales the gradient. ``methods`` adds a table's optional rows, ``options``
-    are further settings of its main method.
+    ``prompts`` held-out ones; ``guidance_scale`` and ``embedded_guidance`` as in ``align``, the latter for the
+    backbones that read any; ``batch`` bounds the samples of one network pass and changes nothing else. ``particles``
+    and ``proposals`` of the particle methods, whose ``strength`` (in inverse units of the reward, like the sweeps of
+    gradient guidance ``strengths_tweedie`` and ``strengths_stitched``) follows the reward's metric when None.
+    ``normaliser`` scales the gradient. ``methods`` adds a table's optional rows, ``options`` are further settings of
+    its main method.
 
     Raises :class:`ConfigError` for a value out of range.
     """
@@ -81,6 +82,7 @@ class Settings:
     prompts: int = attrs.field(default=200, validator=whole_from(1))
     steps: int = attrs.field(default=20, validator=whole_from(1))
     guidance_scale: float | None = None
+    embedded_guidance: float | None = None
     seed: int = 0
     batch: int = attrs.field(default=64, validator=whole_from(1))
     particles: int = attrs.field(default=4, validator=whole_from(1))

@@ -141,9 +141,10 @@ class _Job:
 
     def shared(self) -> dict[str, Any]:
         """The settings that all rows have in common and that decide the result."""
-        settings = self.settings
+        settings, embedded = self.settings, self.settings.embedded_guidance
         return {"world": self.world.name, "prompts": settings.prompts, "steps": settings.steps,
-                "guidance_scale": settings.guidance_scale, "seed": settings.seed}  # fmt: skip
+                "guidance_scale": settings.guidance_scale, "seed": settings.seed,
+                **({} if embedded is None else {"embedded_guidance": embedded})}  # fmt: skip
 
     def expected(self, table: Table) -> list[Expected]:
         """Every row of every pair of the world, pair by pair."""
@@ -204,7 +205,7 @@ class _Job:
             return None, None
         if row.source is None:
             return self.values.get(network, judge), None
-        source = load_backbone(row.source)
+        source = self._network(row.source)
         if (reason := misfit(source, network)) is not None:  # before a value model is stitched in vain
             return None, reason
         value = self.values.get(source, judge)
@@ -236,8 +237,13 @@ class _Job:
     def _load(self, name: str) -> Backbone:
         if self._backbone is None or self._backbone[0] != name:
             self._backbone = None  # let go of the last one before the next is read
-            self._backbone = (name, load_backbone(name))
+            self._backbone = (name, self._network(name))
         return self._backbone[1]
+
+    def _network(self, name: str) -> Backbone:
+        """At the embedded guidance of the table, where it reads any."""
+        network, embedded = load_backbone(name), self.settings.embedded_guidance
+        return network if embedded is None or network.guidance is None else network.with_embedded_guidance(embedded)
 
 
 def _deciding(row: Row) -> dict[str, Any]:

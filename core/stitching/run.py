@@ -23,7 +23,7 @@ from ..lora import with_lora
 from ..provenance import network_identity, weights_digest
 from ..records import name_of
 from ..reward import Reward
-from ..sampling import chosen_guidance
+from ..sampling import chosen_guidance, guided
 from ..slicing import LATENT, Head, taps_before
 from ..value import Branch, Interface, StitchedValue
 from .examples import Examples, GenerationSettings, build_examples, from_images, from_samples
@@ -44,7 +44,8 @@ class StitchSettings:
     ``cuts`` and ``blocks`` bound the search; ``taps`` are earlier backbone cuts that the layer reads beside the chosen
     one, from the same pass (where they come before it); ``count`` real images and ``samples`` generated ones, drawn as
     ``generation`` says (by default from ``seed``), feed stage 2; ``resolution`` in image pixels (default the backbone's
-    own). ``conditioning`` is what the head reads of samples:
+    own). ``embedded_guidance`` is what a distilled backbone reads beside its time (FLUX; its own when None): for the
+    samples, and for the head unless it comes from ``start_from``. ``conditioning`` is what the head reads of samples:
     ``null``, the null prompt alone (the paper), or ``prompt``, the one a latent is being denoised for, so that the
     value is ``E[r | z_t, prompt]``; None leaves it to the recipe's ``prompted``. With ``loras``, folders or files of
     diffusers, the samples are drawn in turn by the backbone alone and under each of them: a training against the value
@@ -61,6 +62,7 @@ class StitchSettings:
     count: int | None = None
     samples: int = attrs.field(default=4096, validator=attrs.validators.gt(0))
     resolution: int | None = None
+    embedded_guidance: float | None = None
     conditioning: Literal["null", "prompt"] | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.in_(("null", "prompt")))
     )
@@ -112,7 +114,8 @@ def stitch(
                 searched=searched, start_from=start_from, progress=progress, **settings,
             )  # fmt: skip
     work = make_folder(work if work is not None else folder / "work")  # type: ignore[operator]
-    backbone, source = load_backbone(backbone), open_images(images, chosen.count)
+    asked = chosen.generation.guidance_scale, chosen.embedded_guidance
+    (backbone, _), source = guided(load_backbone(backbone), *asked), open_images(images, chosen.count)
     rewards = load_rewards(reward, backbone.device)
     if weights is None and isinstance(reward, JointReward):
         weights = reward.weights
@@ -146,7 +149,7 @@ def stitch(
         metrics={"final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 6), "skipped_images": len(source.skipped)},
         cost=cost.report(),
         seed=recipe.seed,
-        examples=_learned_from(real, generated, _generation(backbone, recipe, chosen), tuned),
+        examples=_learned_from(real, generated, backbone, _generation(backbone, recipe, chosen), tuned),
     )
     if folder is not None:
         value.save_pretrained(folder)
@@ -162,13 +165,16 @@ def _generation(backbone: Backbone, recipe: FinetuneSettings, settings: StitchSe
 
 
 def _learned_from(
-    real: Examples | None, generated: Examples | None, generation: GenerationSettings, tuned: Sequence[Backbone]
-) -> dict[str, Any]:
+    real: Examples | None, generated: Examples | None, backbone: Backbone, generation: GenerationSettings,
+    tuned: Sequence[Backbone],
+) -> dict[str, Any]:  # fmt: skip
     """How many pictures and samples, and how the samples were drawn; JSON-able."""
     found: dict[str, Any] = {} if real is None else {"images": len(real)}
     if generated is None:
         return found
-    return {**found, "samples": len(generated), "drawn by": {**attrs.asdict(generation), **_digests(tuned)}}
+    embedded = {} if backbone.guidance is None else {"embedded_guidance": backbone.guidance}
+    drawn = {**attrs.asdict(generation), **embedded, **_digests(tuned)}
+    return {**found, "samples": len(generated), "drawn by": drawn}
 
 
 def _digests(tuned: Sequence[Backbone]) -> dict[str, Any]:

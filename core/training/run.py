@@ -30,7 +30,7 @@ from ..joint import AnyReward, GivenReward, load_judges
 from ..loading import load_backbone
 from ..processes import join_group
 from ..progress import track
-from ..sampling import chosen_guidance
+from ..sampling import guided
 from ..seeds import stream_seed
 from ..sharding import is_shared, own_share, process_mesh, whole
 from ..structuring import structure
@@ -61,6 +61,7 @@ def train(
     seed: int = 0,
     steps: int = 10,
     guidance_scale: float = 1.0,
+    embedded_guidance: float | None = None,
     resolution: int | tuple[int, int] | None = None,
     reward: GivenReward | None = None,
     held_out_rewards: str | AnyReward | Sequence[str | AnyReward] = (),
@@ -78,7 +79,8 @@ def train(
     never trained on: they are evaluated beside the trained one, and a fall of theirs is warned of (reward hacking); so
     are ``judges`` of finished images, by name (a detector: ``judge(images, prompts) -> [P]``). Evaluation samples
     ``evaluation_prompts`` (by default the first 16 of ``prompts``) with averaged weights, always from the same noise;
-    scores that are not finite are left out, with a warning.
+    scores that are not finite are left out, with a warning. ``guidance_scale`` and ``embedded_guidance`` as in
+    :func:`~stitchvm.core.align`, but for the default of no classifier-free guidance.
 
     ``out`` gets ``train.json`` (settings, versions, cost, history), ``training.png``, image grids, and what plain
     diffusers loads: ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(out)``. ``best`` has the same of
@@ -95,8 +97,8 @@ def train(
     """
     checked_whole("steps", steps, 1)
     checked_whole("seed", seed, 0)
-    network, folder = load_backbone(backbone), Path(out).expanduser()
-    guidance_scale = chosen_guidance(network, guidance_scale)
+    network, guidance_scale = guided(load_backbone(backbone), guidance_scale, embedded_guidance)
+    folder = Path(out).expanduser()
     estimator, judge = resolve_value(value, reward, network, seed)
     trainer = resolve_method(method, settings)
     _check_complete(trainer)
