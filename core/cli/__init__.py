@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "evaluate",
     "diagnose": "diagnose",
     "align": "align",
+    "settings": "settings",
     "quickstart": "quickstart",
     "matrix": "matrix",
     "reproduce": "reproduce",
