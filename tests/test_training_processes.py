@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,17 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from PIL import Image
 from torch import Tensor
 
 import families
 from stitchvm import core
 from stitchvm.core import LoraSettings
 from stitchvm.core.files import read_tensors
+from stitchvm.core.training import evaluation
 from stitchvm.plugins.aligners.diffusion_nft import DiffusionNft
-from test_training import METHODS, lora_of, run
+from test_training import METHODS, PROMPTS, lora_of, run
 from training_worlds import Brightness
 
 SHARDED = DiffusionNft(samples_per_prompt=3, stop=(2, 3))
@@ -101,6 +105,38 @@ def diverge(folder: Path) -> None:
         run(Diverging(samples_per_prompt=3), folder)
 
 
+def evaluate(folder: Path) -> None:
+    """Five pictures by the sum of two rewards, two a pass; notes how many each process drew."""
+    drawn: list[int] = []
+    sample = evaluation.run_sampler
+
+    def counted(denoiser: Any, noise: Tensor, *schedule: Any) -> Tensor:
+        drawn.append(len(noise))
+        return sample(denoiser, noise, *schedule)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluation, "run_sampler", counted)
+        core.train(
+            METHODS["draft"], families.mmdit(), Brightness(), PROMPTS, out=folder, steps=3, progress=False,
+            reward=core.JointReward({"one": families.clip(1), "two": families.clip(2)}, [1.0, 0.5]),
+            training=core.TrainSettings(updates=1, prompts_per_update=2, batch=2, tracker=None,
+                                        lora=LoraSettings(rank=2, alpha=4)),
+            evaluation_prompts=[f"a ball of colour {number}" for number in range(5)],
+        )  # fmt: skip
+    (folder / f"drawn-{os.environ.get('RANK', 'alone')}.json").write_text(json.dumps(drawn))
+
+
+def diverge_in_an_evaluation(folder: Path) -> None:
+    def stopped(*_: object) -> Tensor:
+        raise core.NonFiniteError("left the finite range")
+
+    with pytest.MonkeyPatch.context() as patched:
+        if os.environ["RANK"] == "1":
+            patched.setattr(evaluation, "run_sampler", stopped)
+        with pytest.raises(core.NonFiniteError, match="the samples after update 0 left the finite range"):
+            run(METHODS["draft"], folder)
+
+
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], begin: dict[str, Tensor]) -> None:
     """Within 2 % of the largest step: sums of gradients differ in their order alone, which Adam's first steps enlarge
     where one is near 0."""
@@ -141,6 +177,25 @@ def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tm
         run(SHARDED, tmp_path / which, updates=5, value=Lost(), **WHOLE)
     one, two = (read_tensors(tmp_path / which / "state.safetensors") for which in ("one", "two"))
     assert_close({key: two[key] for key in begin}, {key: one[key] for key in begin}, begin)
+
+
+def test_processes_share_an_evaluation(tmp_path):
+    """Each draws a part of the pictures, equally many, and all know all scores; one that diverges stops both."""
+    both = start_two(evaluate, tmp_path / "two")
+    evaluate(tmp_path / "one")
+    assert both.wait() == 0
+    drawn = {name: json.loads((tmp_path / name).read_text())
+             for name in ("one/drawn-alone.json", "two/drawn-0.json", "two/drawn-1.json")}  # fmt: skip
+    assert list(drawn.values()) == [[2, 2, 1] * 2, [2, 1] * 2, [2, 1] * 2], "before and after the update"
+    one, two = (json.loads((tmp_path / which / "train.json").read_text())["evaluations"] for which in ("one", "two"))
+    for ours, theirs in zip(two, one, strict=True):
+        for kind in ("rewards", "parts"):
+            assert ours[kind] == {name: pytest.approx(each, rel=1e-4) for name, each in theirs[kind].items()}
+        ((name, scores),) = theirs["scores"].items()
+        assert ours["scores"][name] == pytest.approx(scores, rel=1e-4) and len(set(scores)) == 5
+    pictures = [np.asarray(Image.open(tmp_path / which / "grids" / "00000.png"), dtype=int) for which in ("one", "two")]
+    assert abs(pictures[0] - pictures[1]).max() <= 1, "in the order of their prompts"
+    assert start_two(diverge_in_an_evaluation, tmp_path / "diverged").wait() == 0
 
 
 def test_a_rollout_that_diverges_in_one_process_stops_all_of_them(tmp_path):

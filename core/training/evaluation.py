@@ -89,31 +89,44 @@ class Gallery:
 
     @torch.no_grad()
     def draw(self, problem: TrainProblem, backbone: Backbone, number: int) -> Drawn:
-        """Sample ``backbone`` as it is after ``number`` updates, and rate by the trained reward.
+        """Sample ``backbone`` as it is after ``number`` updates, and rate by the trained reward; processes share it.
 
-        Raises :class:`NonFiniteError` where sampling leaves the finite range, or no sample has a finite score.
+        Raises :class:`NonFiniteError`, in all processes, where sampling leaves the finite range in one, or no sample
+        has a finite score.
         """
-        trained, pictures, sums, parts = next(iter(self.rewards)), [], [], []
-        for rows in torch.arange(len(self.prompts)).split(problem.batch):
-            condition = self.conditions.index(rows).to(problem.device)
-            denoiser = Denoiser(backbone, condition, problem.null, problem.guidance_scale)
-            try:
-                latents = run_sampler(denoiser, self.noise[rows].to(problem.device), problem.sigmas)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"the samples after update {number} left the finite range; {_advice(number)}"
-                                     ) from error  # fmt: skip
-            drawn = backbone.decode_latents(latents).clamp(0, 1)
-            score, terms = _rated(self.rewards[trained], drawn, self._text(trained, rows, problem.device))
-            sums.append(score)
-            parts.append(terms)
-            pictures.append(drawn.cpu())
-        scores = torch.cat(sums)
+        trained, count = next(iter(self.rewards)), len(self.prompts)
+        rows, failure = problem.own_rows(count), None
+        try:
+            own = self._sampled(problem, backbone, rows)
+        except NonFiniteError as error:
+            failure = error
+        # one that stopped alone would leave the others waiting
+        if bool(problem.gather(torch.tensor([float(failure is not None)], device=problem.device)).any()):
+            raise NonFiniteError(
+                f"the samples after update {number} left the finite range; {_advice(number)}"
+            ) from failure
+        pictures, scores = (problem.all_rows(each, count) for each in own[:2])
         if not bool(scores.isfinite().any()):
             raise NonFiniteError(
                 f"{trained}, trained, scored no sample after update {number} with a finite number; {_advice(number)}"
             )
-        by_part = {name: torch.cat([terms[name] for terms in parts]) for name in parts[0]}
-        return Drawn(number, torch.cat(pictures), scores, by_part)
+        return Drawn(number, pictures, scores, {name: problem.all_rows(part, count) for name, part in own[2].items()})
+
+    def _sampled(
+        self, problem: TrainProblem, backbone: Backbone, rows: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The pictures of these prompts, the trained reward's scores, and those of its parts; on the CPU."""
+        trained, pictures, sums, parts = next(iter(self.rewards)), [], [], []
+        for some in rows.split(problem.batch):
+            condition = self.conditions.index(some).to(problem.device)
+            denoiser = Denoiser(backbone, condition, problem.null, problem.guidance_scale)
+            latents = run_sampler(denoiser, self.noise[some].to(problem.device), problem.sigmas)
+            drawn = backbone.decode_latents(latents).clamp(0, 1)
+            score, terms = _rated(self.rewards[trained], drawn, self._text(trained, some, problem.device))
+            sums.append(score)
+            parts.append(terms)
+            pictures.append(drawn.cpu())
+        return torch.cat(pictures), torch.cat(sums), {name: torch.cat([t[name] for t in parts]) for name in parts[0]}
 
     @torch.no_grad()
     def judge(self, problem: TrainProblem, drawn: Drawn, before: Sequence[Mapping[str, Any]]) -> Evaluation:

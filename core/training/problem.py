@@ -100,7 +100,8 @@ class TrainProblem:
     whose blocks a value model's head reads. ``conditions`` and ``reward_conditions`` hold one sample a prompt of the
     whole list. ``sigmas [steps + 1]`` falls to 0. ``finished_only``: no value was given, and ``estimator`` is the clean
     reward, for the last step alone. ``batch`` bounds the samples of one network pass; ``gather`` joins
-    what all processes have of a tensor.
+    what all processes have of a tensor; ``process`` is this one's number among
+    them, and how many there are.
     """
 
     policy: Policy
@@ -117,6 +118,7 @@ class TrainProblem:
     old: Policy | None = None
     gather: Callable[[Tensor], Tensor] = attrs.field(default=lambda tensor: tensor)
     finished_only: bool = False
+    process: tuple[int, int] = (0, 1)
 
     @property
     def steps(self) -> int:
@@ -133,6 +135,22 @@ class TrainProblem:
                            for one in (self.conditions, self.reward_conditions))  # fmt: skip
         network = self.policy.backbone if backbone is None else backbone
         return Prompted(Denoiser(network, condition, self.null.to(self.device), self.guidance_scale), text)
+
+    def own_rows(self, count: int) -> Tensor:
+        """This process's share of rows 0 to ``count`` that no method draws (an evaluation's), in order; all have
+        equally many, the last row being dealt again where it does not go up.
+
+        All of them, where processes share a network: they pass through it together.
+        """
+        if self.policy.mesh is not None:
+            return torch.arange(count)
+        number, processes = self.process
+        each = -(-count // processes)
+        return (torch.arange(each) + number * each).clamp(max=count - 1)
+
+    def all_rows(self, own: Tensor, count: int) -> Tensor:
+        """What every process has made of its :meth:`own_rows`, ``[count, ...]`` on the CPU."""
+        return own.cpu() if self.policy.mesh is not None else self.gather(own.to(self.device))[:count].cpu()
 
     def generator(self, update: Update, *stream: int) -> torch.Generator:
         """Of what all processes draw alike in an update."""

@@ -119,7 +119,7 @@ def train(
         reward_condition(judge, texts), network.null_condition(), network.sigmas(steps, size).to(network.device),
         (network.latent_channels, *size), guidance_scale, seed,
         plan.batch, policy.another() if trainer.needs_old else None, accelerator.gather,
-        finished_only=estimator is None,
+        finished_only=estimator is None, process=(accelerator.process_index, accelerator.num_processes),
     )  # fmt: skip
     trainer.check(problem)
     rewards = [judge, *load_judges(held_out_rewards, network.device)]
