@@ -28,8 +28,8 @@ from stitchvm.core import (
     registry,
     steer,
 )
+from stitchvm.core.alignment.given import estimator_identity
 from stitchvm.core.alignment.particles import initial_noise
-from stitchvm.core.alignment.run import estimator_identity
 from stitchvm.core.diagnosis import ranking
 from stitchvm.core.diagnosis import report as diagnosis_report
 from stitchvm.core.diagnosis.ranking import rank_seeds

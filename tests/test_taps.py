@@ -13,7 +13,7 @@ import families
 from analytic import GaussianBackbone, LinearReward
 from stitchvm import core
 from stitchvm.core import artefact
-from stitchvm.core.alignment.run import estimator_identity
+from stitchvm.core.alignment.given import estimator_identity
 from stitchvm.core.images import open_images
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from stitchvm.core.stitching.searching import ProbeStream

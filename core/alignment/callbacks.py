@@ -24,9 +24,9 @@ from ..latent_space import pipeline_misfit
 from ..paths import Prediction, as_sigma, spread
 from ..validators import number_within, one_of, whole_from
 from ..value import StitchedValue
+from .given import reward_condition
 from .particles import Resampling, step_generators
 from .resampling import RESAMPLERS, draw_ancestors
-from .run import reward_condition
 from .scheduler_steps import step_of
 from .windows import Window, steps_within
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..errors import ConfigError
 from ..loading import backbone_from
+from .given import Size, Value
 from .problem import Aligner
 from .result import AlignResult
-from .run import Size, Value, align
+from .run import align
 
 _OUTPUTS = ("pil", "pt", "np", "latent")
 

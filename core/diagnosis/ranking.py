@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..alignment.run import reward_condition
+from ..alignment.given import reward_condition
 from ..backbone import Backbone
 from ..comparison import mean_stderr
 from ..costs import CostMeter

@@ -18,7 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..alignment.run import check_latents, checked_prompts, estimator_identity, latent_size, prompts_digest
+from ..alignment.given import check_latents, checked_prompts, estimator_identity, latent_size, prompts_digest
 from ..backbone import Backbone
 from ..comparison import mean_stderr
 from ..datasets import Judge

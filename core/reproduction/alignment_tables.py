@@ -19,8 +19,9 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..alignment.given import reward_condition
 from ..alignment.result import AlignResult
-from ..alignment.run import align, reward_condition
+from ..alignment.run import align
 from ..backbone import Backbone
 from ..datasets import judges_of
 from ..errors import ConfigError, StitchError

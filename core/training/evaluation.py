@@ -16,9 +16,9 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..alignment.given import reward_condition
 from ..alignment.particles import initial_noise
 from ..alignment.result import GRID_IMAGES, sheet, write_png
-from ..alignment.run import reward_condition
 from ..backbone import Backbone
 from ..comparison import mean_stderr, paired_gain
 from ..conditions import Condition

@@ -19,7 +19,7 @@ from accelerate.tracking import filter_trackers
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..alignment.run import Value, checked_prompts, latent_size, resolve_method, resolve_value, reward_condition
+from ..alignment.given import Value, checked_prompts, latent_size, resolve_method, resolve_value, reward_condition
 from ..backbone import Backbone
 from ..costs import KINDS, CostMeter, differentiating
 from ..datasets import Judge

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 import torch
 
+from ..alignment.given import estimator_identity, prompts_digest
 from ..alignment.result import check_same
 from ..checkpoints import load_optimiser, optimiser_tensors, under
 from ..costs import KINDS, peak_memory
@@ -56,8 +57,6 @@ class TrainingRecord:
         prompts: Sequence[str],
     ) -> Self:  # fmt: skip
         """The record of a run that has not begun."""
-        from ..alignment.run import estimator_identity, prompts_digest
-
         training = plain(plan)
         # these change no weight
         for free in ("updates", "batch", "gradient_checkpointing", "evaluate_every", "checkpoint_every", "tracker",
