@@ -322,6 +322,11 @@ def test_a_table_is_at_the_embedded_guidance_of_those_that_read_any(world, tmp_p
         assert (rows[0] == rows[1]) is same, name
     lone = align("sample", "tiny-flux", None, ["test a", "test b"], reward="tiny-clip", steps=2, embedded_guidance=9.0,
                  progress=False)  # fmt: skip
+    with pytest.raises(ConfigError, match="embedded_guidance is 9, but none of tiny-sd3 reads any; leave it out"):
+        small("table2", tmp_path / "none", settings=changed(embedded_guidance=9.0), backbones=["tiny-sd3"])
+    with pytest.raises(ConfigError, match="the embedded guidance is -1.0; give a finite number from 0 on"):
+        small("table2", tmp_path / "none", settings=changed(embedded_guidance=-1.0))
+    assert not (tmp_path / "none").exists()
     row = by_row(high, backbone="tiny-flux")["plain"]
     assert row["scores"]["tiny-clip"]["mean"] == pytest.approx(float(lone.rewards.mean()), abs=1e-6)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,8 @@ def reproduce(
     chosen = table_of(table, settings)
     place = World.of(world)
     pairs = place.chosen(backbones, rewards)
+    if settings.embedded_guidance is not None:
+        _check_embedded({backbone for backbone, _ in pairs}, settings.embedded_guidance)
     given = None if values is None else Path(values).expanduser()
     if given is not None and not given.is_dir():
         raise ConfigError(f"values is {str(given)!r}, which is not a folder; give one with BACKBONE--REWARD folders.")
@@ -104,6 +106,17 @@ def reproduce(
         report = assemble(table, chosen, place, expected, job.shared(), failed, job.unfit)
         write_report(report, folder, pictures=following is None or following.pair != each.pair)
     return report
+
+
+def _check_embedded(backbones: Collection[str], scale: float) -> None:
+    """:class:`ConfigError` for a scale out of range, and where no backbone reads one: before any row, which would each
+    fail by it or take no notice."""
+    readers = [network for network in map(load_backbone, backbones) if network.guidance is not None]
+    if not readers:
+        raise ConfigError(
+            f"embedded_guidance is {scale:g}, but none of {', '.join(sorted(backbones))} reads any; leave it out."
+        )
+    readers[0].with_embedded_guidance(scale)
 
 
 @attrs.define(eq=False, slots=False)
