@@ -98,7 +98,10 @@ def test_an_offloaded_call_is_steered_by_a_value_with_a_backbone_of_its_own(fold
     backbone = backbone_from(own)
     resident = run(pipe, kind, guiding(stitched(backbone, prompted=False)))
     pipe.enable_model_cpu_offload(device="cpu")
-    assert torch.equal(run(pipe, kind, guiding(stitched(backbone, prompted=False))), resident)
+    # to rounding: offloading lays the weights elsewhere in memory, which some processors' kernels depend on
+    offloaded = run(pipe, kind, guiding(stitched(backbone, prompted=False)))
+    torch.testing.assert_close(offloaded, resident, rtol=1e-5, atol=2e-5)
+    assert (resident - run(pipe, kind)).abs().max() > 0.1, "or else guidance would not show"
     assert prompts_read == [None] * len(prompts_read)
     prompts_read.clear()
     steered = run(pipe, kind, guiding(stitched(backbone, prompted=True)))
