@@ -8,10 +8,9 @@ processes that take different backbones.
 from __future__ import annotations
 
 import json
-import traceback
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from ..alignment.result import AlignResult
 from ..alignment.run import align
 from ..backbone import Backbone
 from ..datasets import judges_of
-from ..errors import ConfigError, StitchError
-from ..files import cache_key, make_folder, write_json, write_text
+from ..errors import ConfigError
+from ..files import cache_key, make_folder, write_json
 from ..latent_space import misfit
 from ..loading import load_backbone, load_dataset_plugin, load_reward
 from ..metrics import metric_of
@@ -38,7 +37,8 @@ from ..stitching.finetune_settings import FinetuneSettings
 from ..stitching.recipes import recipe as named_recipe
 from ..value import StitchedValue
 from .alignment_rows import PLAIN, Pair, Row, Settings, Table, check_rows, table_of
-from .report import Expected, assemble, read_cell, write_report
+from .cells import attempt, publish, read_cell
+from .report import Expected, assemble, write_report
 from .values import ValueModels, equivalents, pass_costs
 from .world_values import WorldStitcher
 from .worlds import Scale, World
@@ -98,13 +98,18 @@ def reproduce(
     todo = [e for e in expected
             if e.pair in pairs and (e.row.source or e.backbone) in sources and e.row.name in asked]  # fmt: skip
     failed: dict[Path, str] = {}
-    report = assemble(table, chosen, place, expected, job.shared(), failed, job.unfit)
-    write_report(report, folder, pictures=not todo)
+
+    def publish_rows(pictures: bool) -> dict[str, Any]:
+        return publish(
+            lambda: assemble(table, chosen, place, expected, job.shared(), failed, job.unfit),
+            lambda report: write_report(report, folder, pictures=pictures),
+        )
+
+    report = publish_rows(pictures=not todo)
     for each, following in zip(track(todo, table, len(todo), progress), [*todo[1:], None], strict=False):
-        if (error := job.attempt(each)) is not None:
+        if (error := attempt(partial(job.do, each), each.path.with_suffix(".error.txt"))) is not None:
             failed[each.path] = error
-        report = assemble(table, chosen, place, expected, job.shared(), failed, job.unfit)
-        write_report(report, folder, pictures=following is None or following.pair != each.pair)
+        report = publish_rows(pictures=following is None or following.pair != each.pair)
     return report
 
 
@@ -175,19 +180,8 @@ class _Job:
         name = f"{backbone}--{reward}--{row.name}-{cache_key({**self.shared(), 'row': _deciding(row)})}"
         return self.folder / "cells" / f"{name}.json"
 
-    def attempt(self, each: Expected) -> str | None:
-        """Do a row unless it is done; what went wrong in one line, or None."""
-        note = each.path.with_suffix(".error.txt")
-        try:
-            make_folder(each.path.parent)
-            self._do(each)
-        except Exception as error:  # whatever it is, the other rows are not to be lost
-            write_text(note, traceback.format_exc())
-            return str(error) if isinstance(error, StitchError) else f"{type(error).__name__}: {error} (see {note})"
-        note.unlink(missing_ok=True)
-        return None
-
-    def _do(self, each: Expected) -> None:
+    def do(self, each: Expected) -> None:
+        """Do a row, unless it is done by the same networks."""
         row, network, judge = each.row, self._load(each.backbone), self.judges[each.reward]
         value, reason = self._value(row, network, judge)
         known = {

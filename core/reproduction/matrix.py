@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import traceback
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ import attrs
 
 from ..backbone import Backbone
 from ..costs import Clock, CostMeter
-from ..errors import StitchError
 from ..evaluation import SIGMAS
-from ..files import cache_key, make_folder, read_json, write_json, write_text
+from ..files import cache_key, make_folder, read_json, write_json
 from ..loading import load_backbone, load_dataset_plugin, load_reward
 from ..metrics import metric_of
 from ..progress import track
@@ -34,6 +32,7 @@ from ..stitching.recipes import recipe as named_recipe
 from ..stitching.run import VAE_STITCHING
 from ..stitching.searching import search
 from ..value import StitchedValue
+from .cells import attempt, publish
 from .matrix_report import assemble, write_matrix
 from .world_values import WorldStitcher
 from .worlds import PAIRS, Scale, World, cell_name
@@ -68,13 +67,16 @@ def run_matrix(
     settings = attrs.evolve(recipe or named_recipe("quick"), steps=scale.steps, seed=seed)
     folder = make_folder(out)
     job = _Job(folder, place, scale, settings, tuple(sigmas), seed, progress)
-    failed: dict[tuple[str, str], str] = {}
+    cells, failed = folder / "cells", dict[tuple[str, str], str]()
     report: dict[str, Any] = {}
     for backbone, reward in track(pairs, "matrix", len(pairs), progress):
-        if (error := job.attempt(backbone, reward)) is not None:
+        note = cells / f"{cell_name(backbone, reward)}.error.txt"
+        if (error := attempt(partial(job.do, backbone, reward), note)) is not None:
             failed[backbone, reward] = error
-        report = assemble(place.name, place.pairs, folder / "cells", job.shared(), failed)
-        write_matrix(report, folder)
+        report = publish(
+            lambda: assemble(place.name, place.pairs, cells, job.shared(), failed),
+            lambda found: write_matrix(found, folder),
+        )
     return report
 
 
@@ -92,18 +94,6 @@ class _Job:
     _backbone: tuple[str, Backbone] | None = None
     _held_out: dict[MetricKind, SkillData] = attrs.field(factory=dict)
 
-    def attempt(self, backbone: str, reward: str) -> str | None:
-        """Do a cell unless it is done; what went wrong in one line, or None."""
-        note = self.folder / "cells" / f"{cell_name(backbone, reward)}.error.txt"
-        try:
-            make_folder(note.parent)
-            self._do(backbone, reward)
-        except Exception as error:  # whatever it is, the other cells are not to be lost
-            write_text(note, traceback.format_exc())
-            return str(error) if isinstance(error, StitchError) else f"{type(error).__name__}: {error} (see {note})"
-        note.unlink(missing_ok=True)
-        return None
-
     def shared(self) -> dict[str, Any]:
         """The settings that all cells of a matrix have in common."""
         recipe = attrs.asdict(self.recipe)
@@ -112,7 +102,8 @@ class _Job:
                    "sigma": list(self.sigmas), "seed": self.seed}  # fmt: skip
         return dict(json.loads(json.dumps(content)))
 
-    def _do(self, backbone: str, reward: str) -> None:
+    def do(self, backbone: str, reward: str) -> None:
+        """Do a cell, unless it is done with the same settings."""
         path = self.folder / "cells" / f"{cell_name(backbone, reward)}.json"
         network, judge = self._load(backbone), load_reward(reward)
         models = {"backbone": network_identity(network), "reward": network_identity(judge)}

@@ -12,11 +12,11 @@ import attrs
 
 from ..comparison import mean_stderr, paired_gain
 from ..costs import KINDS
-from ..errors import ArtefactError
-from ..files import read_json, write_json, write_text
+from ..files import write_json, write_text
 from ..provenance import versions
 from . import plots
 from .alignment_rows import PLAIN, Row, Table
+from .cells import read_cell
 from .worlds import World
 
 
@@ -33,14 +33,6 @@ class Expected:
     def pair(self) -> tuple[str, str]:
         """Backbone and reward."""
         return self.backbone, self.reward
-
-
-def read_cell(path: Path) -> dict[str, Any] | None:
-    """A row's cell, or None where it is missing or damaged."""
-    try:
-        return read_json(path)
-    except ArtefactError:
-        return None
 
 
 def assemble(

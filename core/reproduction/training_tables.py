@@ -9,9 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-import traceback
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ..artefact import CONFIG, saved_identity
 from ..backbone import Backbone
 from ..comparison import mean_stderr
 from ..datasets import judges_of
-from ..errors import ConfigError, StitchError
+from ..errors import ConfigError
 from ..files import cache_key, make_folder, read_json, write_json, write_text
 from ..joint import JointReward
 from ..loading import load_backbone, load_dataset_plugin, load_reward
@@ -38,6 +37,7 @@ from ..training.settings import TrainSettings
 from ..training.state import RECORD
 from ..value import StitchedValue
 from .alignment_rows import check_rows
+from .cells import attempt, publish
 from .training_rows import TRAINING_TABLES, TrainingRow, TrainingScale
 from .values import found_in
 from .world_values import WorldStitcher
@@ -88,9 +88,9 @@ def reproduce_training(
     failed: dict[str, str] = {}
 
     def report() -> dict[str, Any]:
-        found = job.report(table, title, names, chosen, failed)
-        _write(found, against, job.folder)
-        return found
+        return publish(
+            lambda: job.report(table, title, names, chosen, failed), lambda found: _write(found, against, job.folder)
+        )
 
     known = report()
     for backbone, row, seed in product(names, chosen, scale.seeds):
@@ -117,11 +117,9 @@ class _Job:
         place = self.place(backbone, row, seed)
         if self._read(backbone, row, seed) is not None:
             return False
-        try:
-            self._train(backbone, row, seed, place)
-        except Exception as error:  # whatever it is, the other trainings are not to be lost
-            write_text(make_folder(self.folder) / f"{place.name}.error.txt", traceback.format_exc())
-            failed[place.name] = str(error) if isinstance(error, StitchError) else f"{type(error).__name__}: {error}"
+        note = self.folder / f"{place.name}.error.txt"
+        if (error := attempt(partial(self._train, backbone, row, seed, place), note)) is not None:
+            failed[place.name] = error
         return True
 
     def place(self, backbone: str, row: TrainingRow, seed: int) -> Path:
