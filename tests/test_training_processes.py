@@ -106,24 +106,34 @@ def diverge(folder: Path) -> None:
 
 
 def evaluate(folder: Path) -> None:
-    """Five pictures by the sum of two rewards, two a pass; notes how many each process drew."""
+    """Five pictures by the sum of two rewards and one that is held out, two a pass; notes how many each process drew,
+    and how many it had the last reward score."""
     drawn: list[int] = []
-    sample = evaluation.run_sampler
+    scored: list[int] = []
+    sample, held_out = evaluation.run_sampler, families.clip(3)
+    rate = type(held_out).rate
 
     def counted(denoiser: Any, noise: Tensor, *schedule: Any) -> Tensor:
         drawn.append(len(noise))
         return sample(denoiser, noise, *schedule)
 
+    def rated(reward: core.Reward, images: Tensor, condition: core.Condition) -> Tensor:
+        if reward is held_out:
+            scored.append(len(images))
+        return rate(reward, images, condition)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(evaluation, "run_sampler", counted)
+        patched.setattr(type(held_out), "rate", rated)
         core.train(
             METHODS["draft"], families.mmdit(), Brightness(), PROMPTS, out=folder, steps=3, progress=False,
             reward=core.JointReward({"one": families.clip(1), "two": families.clip(2)}, [1.0, 0.5]),
+            held_out_rewards=[held_out],
             training=core.TrainSettings(updates=1, prompts_per_update=2, batch=2, tracker=None,
                                         lora=LoraSettings(rank=2, alpha=4)),
             evaluation_prompts=[f"a ball of colour {number}" for number in range(5)],
         )  # fmt: skip
-    (folder / f"drawn-{os.environ.get('RANK', 'alone')}.json").write_text(json.dumps(drawn))
+    (folder / f"drawn-{os.environ.get('RANK', 'alone')}.json").write_text(json.dumps([drawn, scored]))
 
 
 def diverge_in_an_evaluation(folder: Path) -> None:
@@ -180,19 +190,21 @@ def test_a_sharded_network_trains_like_a_whole_one_resumes_and_is_saved_whole(tm
 
 
 def test_processes_share_an_evaluation(tmp_path):
-    """Each draws a part of the pictures, equally many, and all know all scores; one that diverges stops both."""
+    """Each draws and scores a part of the pictures, and all know all scores; one that diverges stops both."""
     both = start_two(evaluate, tmp_path / "two")
     evaluate(tmp_path / "one")
     assert both.wait() == 0
     drawn = {name: json.loads((tmp_path / name).read_text())
              for name in ("one/drawn-alone.json", "two/drawn-0.json", "two/drawn-1.json")}  # fmt: skip
-    assert list(drawn.values()) == [[2, 2, 1] * 2, [2, 1] * 2, [2, 1] * 2], "before and after the update"
+    parts = [[[2, 2, 1] * 2] * 2, [[2, 1] * 2] * 2, [[2, 1] * 2] * 2]
+    assert list(drawn.values()) == parts, "before and after the update"
     one, two = (json.loads((tmp_path / which / "train.json").read_text())["evaluations"] for which in ("one", "two"))
     for ours, theirs in zip(two, one, strict=True):
         for kind in ("rewards", "parts"):
             assert ours[kind] == {name: pytest.approx(each, rel=1e-4) for name, each in theirs[kind].items()}
-        ((name, scores),) = theirs["scores"].items()
-        assert ours["scores"][name] == pytest.approx(scores, rel=1e-4) and len(set(scores)) == 5
+        assert len(theirs["scores"]) == 2, "of the trained sum and the held-out reward"
+        for name, scores in theirs["scores"].items():
+            assert ours["scores"][name] == pytest.approx(scores, rel=1e-4) and len(set(scores)) == 5
     pictures = [np.asarray(Image.open(tmp_path / which / "grids" / "00000.png"), dtype=int) for which in ("one", "two")]
     assert abs(pictures[0] - pictures[1]).max() <= 1, "in the order of their prompts"
     assert start_two(diverge_in_an_evaluation, tmp_path / "diverged").wait() == 0

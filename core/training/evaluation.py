@@ -132,18 +132,20 @@ class Gallery:
     def judge(self, problem: TrainProblem, drawn: Drawn, before: Sequence[Mapping[str, Any]]) -> Evaluation:
         """Score by all that was not trained on; warns of scores that are not finite, of a held-out reward that has
         fallen since the first evaluation while the trained one has risen, and of a trained one that has fallen from its
-        best, all by more than two standard errors. ``before``: the reports of earlier evaluations.
+        best, all by more than two standard errors. ``before``: the reports of earlier evaluations. Processes share the
+        rewards' work; a judge, which is given all images, is asked by each.
 
         Raises :class:`ConfigError` for a judge that gives anything but one score each.
         """
         trained, *held_out = self.rewards
         found = {trained: drawn.trained}
+        count = len(self.prompts)
         for name in held_out:
-            found[name] = torch.cat([
-                self.rewards[name].rate(drawn.images[rows].to(problem.device),
-                                        self._text(name, rows, problem.device)).float().cpu()
-                for rows in torch.arange(len(self.prompts)).split(problem.batch)
-            ])  # fmt: skip
+            own = [
+                self.rewards[name].rate(drawn.images[some].to(problem.device), self._text(name, some, problem.device))
+                for some in problem.own_rows(count).split(problem.batch)
+            ]
+            found[name] = problem.all_rows(torch.cat(own).float(), count)
         found |= {name: self._judged(name, drawn.images) for name in self.judges}
         for name, scores in {**found, **drawn.parts}.items():
             if lost := int((~scores.isfinite()).sum()):
