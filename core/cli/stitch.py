@@ -85,6 +85,12 @@ def command(
         Path | None,
         typer.Option(metavar="DIR", help="Finetune this value model of the pair further, without a search."),
     ] = None,
+    transfer_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Begin as this value of another backbone with the same latents, without a search."
+        ),
+    ] = None,
     probes: Annotated[int | None, typer.Option(help="Images to judge every pair of cuts on (default: 200).")] = None,
     criterion: Annotated[str | None, typer.Option(help="functional (the default), unexplained or mse.")] = None,
     as_json: Json = False,
@@ -104,7 +110,7 @@ def command(
     settings = read_recipe(recipe, _given(given))
     if settings.generated == 0:
         refuse_given(context, _OF_SAMPLES, f"the recipe {recipe} takes no samples; set --generated above 0.")
-    if interface is not None or vae or start_from is not None:
+    if interface is not None or vae or start_from is not None or transfer_from is not None:
         refuse_given(context, ("blocks",), "where to cut is given already.")
     if vae:
         refuse_given(context, ("taps",), "at the latent itself there are no earlier cuts.")
@@ -117,8 +123,9 @@ def command(
         backbone, names(reward, "REWARD"), images=source, out=out, prompts=asked, recipe=settings, count=count,
         weights=None if weights is None else reals(weights, "--weights"), samples=samples,
         generation=GenerationSettings(sampling_steps, guidance_scale, settings.seed), seed=settings.seed,
-        embedded_guidance=embedded_guidance, conditioning=conditioning, start_from=start_from, loras=tuple(lora or ()),
-        **_where(interface, vae, cuts, blocks, start_from), **_given(searching),
+        embedded_guidance=embedded_guidance, conditioning=conditioning, start_from=start_from,
+        transfer_from=transfer_from, loras=tuple(lora or ()),
+        **_where(interface, vae, cuts, blocks, start_from, transfer_from), **_given(searching),
     )  # fmt: skip
     warn_skipped(source)
     report = _report(value, out)
@@ -153,12 +160,16 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: option for name, option in options.items() if option is not None}
 
 
-def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str, start_from: Path | None) -> dict[str, Any]:
+def _where(
+    interface: str | None, vae: bool, cuts: str | None, blocks: str, start_from: Path | None, transfer_from: Path | None
+) -> dict[str, Any]:
     """The settings that say where to cut; none where an earlier value model does."""
     from ..stitching.run import VAE_STITCHING
 
     if sum((interface is not None, vae, cuts is not None, start_from is not None)) > 1:
         raise ConfigError("--interface, --vae, --cuts and --start-from each say where to cut; give one of them.")
+    if transfer_from is not None and (interface is not None or vae):
+        raise ConfigError("--transfer-from says before which block of the reward; give --cuts for the backbone's.")
     if start_from is not None:
         return {}
     if interface is not None:
@@ -167,7 +178,8 @@ def _where(interface: str | None, vae: bool, cuts: str | None, blocks: str, star
         return {"interface": tuple(int(part) for part in interface.split(","))}
     if vae:
         return VAE_STITCHING
-    return {"cuts": None if cuts is None else numbers(cuts, "--cuts"), "blocks": numbers(blocks, "--blocks")}
+    chosen = {"cuts": None if cuts is None else numbers(cuts, "--cuts")}
+    return chosen if transfer_from is not None else {**chosen, "blocks": numbers(blocks, "--blocks")}
 
 
 def _report(value: StitchedValue, out: Path) -> dict[str, Any]:

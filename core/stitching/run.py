@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 
 from .. import plots
 from ..artefact import Provenance
 from ..backbone import Backbone
-from ..conditions import Condition, concatenate
+from ..conditions import Condition
 from ..costs import CostMeter
 from ..errors import ConfigError
 from ..files import cache_key, make_folder
@@ -26,52 +26,17 @@ from ..reward import Reward
 from ..sampling import chosen_guidance, guided
 from ..slicing import LATENT, Head, taps_before
 from ..value import Branch, Interface, StitchedValue
+from .batches import Batches
 from .examples import Examples, GenerationSettings, build_examples, from_images, from_samples
 from .finetune import finetune
 from .finetune_settings import FinetuneSettings
-from .search_result import Criterion, JointSearch, SearchResult
+from .search_result import JointSearch, SearchResult
 from .searching import search_jointly
+from .stitch_settings import StitchSettings, settings_of
+from .transfer import Teacher, check_rewards, encode_all, transfer
 
 VAE_STITCHING: dict[str, Any] = {"cuts": (LATENT,), "blocks": (1,)}
 """The settings of :func:`stitch` that make the baseline: the latent itself, before the reward's first block."""
-
-
-@attrs.frozen(kw_only=True)
-class StitchSettings:
-    """What :func:`stitch` does beside the recipe.
-
-    ``interface`` skips the choice (the map is still fitted): backbone cut ``i`` and a block ``j`` for each reward;
-    ``cuts`` and ``blocks`` bound the search; ``taps`` are earlier backbone cuts that the layer reads beside the chosen
-    one, from the same pass (where they come before it); ``count`` real images and ``samples`` generated ones, drawn as
-    ``generation`` says (by default from ``seed``), feed stage 2; ``resolution`` in image pixels (default the backbone's
-    own). ``embedded_guidance`` is what a distilled backbone reads beside its time (FLUX; its own when None): for the
-    samples, and for the head unless it comes from ``start_from``. ``conditioning`` is what the head reads of samples:
-    ``null``, the null prompt alone (the paper), or ``prompt``, the one a latent is being denoised for, so that the
-    value is ``E[r | z_t, prompt]``; None leaves it to the recipe's ``prompted``. With ``loras``, folders or files of
-    diffusers, the samples are drawn in turn by the backbone alone and under each of them: a training against the value
-    moves the sampler, and what the value says of where it moved has to be learned there.
-    """
-
-    interface: tuple[int, ...] | None = None
-    cuts: tuple[int, ...] | None = None
-    blocks: tuple[int, ...] | None = None
-    taps: tuple[int, ...] = ()
-    probes: int = attrs.field(default=200, validator=attrs.validators.gt(0))
-    criterion: Criterion = "functional"
-    positions: bool = False
-    count: int | None = None
-    samples: int = attrs.field(default=4096, validator=attrs.validators.gt(0))
-    resolution: int | None = None
-    embedded_guidance: float | None = None
-    conditioning: Literal["null", "prompt"] | None = attrs.field(
-        default=None, validator=attrs.validators.optional(attrs.validators.in_(("null", "prompt")))
-    )
-    loras: tuple[str | Path, ...] = ()
-    batch: int = attrs.field(default=32, validator=attrs.validators.gt(0))
-    seed: int = 0
-    generation: GenerationSettings = attrs.field(
-        default=attrs.Factory(lambda self: GenerationSettings(seed=self.seed), takes_self=True)
-    )
 
 
 def stitch(
@@ -86,6 +51,7 @@ def stitch(
     recipe: FinetuneSettings | None = None,
     searched: SearchResult | JointSearch | None = None,
     start_from: str | Path | None = None,
+    transfer_from: str | Path | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> StitchedValue:
@@ -98,20 +64,22 @@ def stitch(
     the null prompt). ``recipe`` is a named one (``core.recipe("full")``) or one of your own; the paper's by default.
     ``searched`` is the result of an earlier :func:`search` or :func:`search_jointly`, whose ``cuts``, ``blocks`` and
     ``taps`` hold. ``start_from`` is a value model of the same pair, whose layers and tails are finetuned further in
-    place of a search and its closed form. ``settings`` are the fields of :class:`StitchSettings`.
+    place of a search and its closed form. ``transfer_from`` is one of another backbone with the same latents: its tails
+    are taken over, and layers fitted to what its own give, after the best of ``cuts`` (:func:`transfer`). ``settings``
+    are the fields of :class:`StitchSettings`.
 
     Raises ``UnknownNameError``, ``ConfigError``, ``DataError``, ``WeightsError``, ``ArtefactError``, ``OutputError``,
     ``NonFiniteError``, and ``PluginLoadError`` for ``loras`` without peft, each saying what to do.
     """
-    chosen = _settings(settings)
-    _chosen_once(searched, start_from, settings)
+    begun_with: dict[str, Any] = {"searched": searched, "start_from": start_from, "transfer_from": transfer_from}
+    chosen = settings_of(settings, begun_with)
     recipe = _conditioned(recipe or FinetuneSettings(seed=chosen.seed), chosen.conditioning)
     folder = make_folder(out) if out is not None else None
     if work is None and folder is None:
         with tempfile.TemporaryDirectory(prefix="stitchvm-") as temporary:
             return stitch(
                 backbone, reward, images=images, work=temporary, weights=weights, prompts=prompts, recipe=recipe,
-                searched=searched, start_from=start_from, progress=progress, **settings,
+                **begun_with, progress=progress, **settings,
             )  # fmt: skip
     work = make_folder(work if work is not None else folder / "work")  # type: ignore[operator]
     asked = chosen.generation.guidance_scale, chosen.embedded_guidance
@@ -125,18 +93,27 @@ def stitch(
         raise ConfigError("loras take turns in drawing samples, but the recipe takes none; set generated above 0.")
     tuned = tuple(with_lora(backbone, each) for each in chosen.loras)
     with CostMeter() as cost:
-        if start_from is None:
+        value = teacher = None
+        if transfer_from is not None:
+            teacher = Teacher.of(transfer_from, backbone, rewards, prompts)
+        elif start_from is not None:
+            value = _begun(start_from, backbone, rewards, weights)
+        else:
             found = _known(searched, rewards) or run_search(backbone, rewards, source, chosen, progress)
             value = _closed_form(backbone, rewards, found, weights, chosen)
-        else:
-            value = _begun(start_from, backbone, rewards, weights)
-        value.prompted = recipe.prompted > 0
         # before hours of sampling, should any be missing
-        read = _encoded(backbone, prompts) if value.prompted else None
+        read = _encoded(backbone, prompts) if recipe.prompted > 0 else None
         real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress, tuned)
+        if teacher is not None:
+            value = transfer(
+                teacher, backbone, rewards, Batches.of(backbone, real, generated, recipe), read,
+                cuts=chosen.cuts, taps=chosen.taps, weights=weights, progress=progress,
+            )  # fmt: skip
+        assert value is not None
+        value.prompted = recipe.prompted > 0
         run = _run_identity(value, recipe, source, chosen)
         run |= {name: each.folder.name for name, each in (("real", real), ("samples", generated)) if each is not None}
-        if start_from is not None:
+        if start_from is not None or teacher is not None:
             run |= {"start_from": weights_digest(value.branches)}
         checkpoint = work / f"finetune-{cache_key(run)}"
         losses = finetune(
@@ -182,33 +159,6 @@ def _digests(tuned: Sequence[Backbone]) -> dict[str, Any]:
     return {"tuned": [weights_digest(each.net) for each in tuned]} if tuned else {}
 
 
-def _settings(given: dict[str, Any]) -> StitchSettings:
-    known = {field.name for field in attrs.fields(StitchSettings)}
-    if unknown := sorted(set(given) - known):
-        raise ConfigError(f"stitch got unknown settings {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
-    try:
-        return StitchSettings(**given)
-    except ValueError as error:
-        raise ConfigError(f"stitch: {error.args[0]}.") from error
-
-
-def _chosen_once(
-    searched: SearchResult | JointSearch | None, start_from: str | Path | None, given: Mapping[str, Any]
-) -> None:
-    """:class:`ConfigError` for settings that a search or an earlier value model has already chosen."""
-    if searched is not None and start_from is not None:
-        raise ConfigError("stitch begins with searched or with start_from; leave out the one or the other.")
-    if searched is not None:
-        source, fixed = "searched", {"blocks", "criterion", "cuts", "probes", "taps"}
-    elif start_from is not None:
-        source = "start_from"
-        fixed = {"blocks", "criterion", "cuts", "interface", "positions", "probes", "taps"}
-    else:
-        return
-    if again := sorted(fixed & set(given)):
-        raise ConfigError(f"stitch takes {', '.join(again)} from {source}; leave out the one or the other.")
-
-
 def _closed_form(
     backbone: Backbone,
     rewards: Mapping[str, Reward],
@@ -229,10 +179,7 @@ def _begun(
     """A saved value model to be trained further, what made it in its provenance; :class:`ConfigError` when it is of
     other rewards."""
     begun = StitchedValue.from_pretrained(start_from, backbone=backbone, device=backbone.device)
-    if begun.names != tuple(rewards):
-        raise ConfigError(
-            f"{str(start_from)!r} is a value model of {', '.join(begun.names)}, but {', '.join(rewards)} is asked for."
-        )
+    check_rewards(begun, start_from, rewards)
     branches: dict[str, Any] = dict(zip(begun.names, begun.branches.requires_grad_(True), strict=True))
     made = Provenance(search={"start_from": {"path": str(start_from), **attrs.asdict(begun.provenance)}})
     return StitchedValue(
@@ -330,8 +277,7 @@ def _encoded(backbone: Backbone, prompts: Sequence[str] | None) -> Condition:
     """The backbone's condition of every prompt, in the order of the examples' numbers, on the CPU."""
     if not prompts:
         raise ConfigError("the recipe reads samples under the prompts they are drawn for; pass prompts.")
-    parts = [list(prompts[start : start + 32]) for start in range(0, len(prompts), 32)]
-    return concatenate([backbone.encode_prompts(part).to("cpu") for part in parts])
+    return encode_all(backbone, prompts)
 
 
 def initial_value(

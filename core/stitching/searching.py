@@ -152,7 +152,7 @@ class ProbeStream:
                 continue
             images = chunk[rows].to(self.backbone.device)
             noisy = self._noisy(images, [stream_seed(self.seed, numbers[row]) for row in rows])
-            features = dict(_features(self.backbone, noisy, null.expand(len(rows)), self.cuts, self.taps))
+            features = dict(features_by_cut(self.backbone, noisy, null.expand(len(rows)), self.cuts, self.taps))
             yield Probe({name: reward.preprocess(images) for name, reward in self.rewards.items()}, features)
 
     def _noisy(self, images: Tensor, seeds: list[int]) -> Any:
@@ -163,16 +163,17 @@ class ProbeStream:
         return self.backbone.noisy(latents, sigma)
 
 
-def _features(
-    backbone: Backbone, noisy: Any, null: Any, cuts: tuple[int, ...], taps: tuple[int, ...]
+def features_by_cut(
+    backbone: Backbone, noisy: Any, condition: Any, cuts: tuple[int, ...], taps: tuple[int, ...]
 ) -> Iterator[tuple[int, Tensor]]:
+    """``[B, C, H, W]`` at every cut, beside those of the ``taps`` before it; in one pass."""
     if LATENT in cuts:
         yield LATENT, backbone.input_grid(noisy)
     last = max(cuts)
     if last == LATENT:
         return
     tapped: dict[int, Tensor] = {}
-    for cut, grid in backbone.features(noisy, null):
+    for cut, grid in backbone.features(noisy, condition):
         if cut in cuts:
             yield cut, side_by_side([*tapped.values(), grid])
         if cut in taps:
@@ -193,12 +194,12 @@ class _Fit:
 
     def add(self, pixels: Tensor, features: Mapping[int, Tensor]) -> None:
         states = dict(_states(self.reward, pixels, self.blocks))
-        targets = torch.cat([_rows(self.reward.grid(states[j])) for j in self.blocks], dim=1)
+        targets = torch.cat([rows_of(self.reward.grid(states[j])) for j in self.blocks], dim=1)
         for j in self.blocks:
             tokens = self.reward.prefix(states[j]).double().sum(0)
             self.prefix_sums[j] = self.prefix_sums[j] + tokens if j in self.prefix_sums else tokens
         for cut, grid in features.items():
-            self.statistics[cut].add(_rows(resample(grid, self.reward.grid_size)), targets)
+            self.statistics[cut].add(rows_of(resample(grid, self.reward.grid_size)), targets)
         self.images += len(pixels)
 
     def result(self, backbone: str, name: str, criterion: Criterion, stream: ProbeStream) -> SearchResult:
@@ -233,6 +234,6 @@ def _states(reward: Reward, pixels: Tensor, blocks: tuple[int, ...]) -> Iterator
         yield j, state
 
 
-def _rows(grid: Tensor) -> Tensor:
+def rows_of(grid: Tensor) -> Tensor:
     """``[B, C, H, W]`` as ``[B * H * W, C]``."""
     return grid.permute(0, 2, 3, 1).flatten(0, 2)
