@@ -13,17 +13,25 @@ from stitchvm_shapes.world import ShapesWorld
 VALUES = Path(__file__).parents[2] / "values"
 KEPT = {"shapes-clip": 0.9, "shapes-hps": 0.9}
 """The least share of the clean reward's skill at sigma 0.25."""
+TAPS = {"shapes-mmdit": tuple(range(1, 8)), "shapes-unet": tuple(range(1, 10))}
 
 
-@pytest.fixture(scope="module")
-def backbone() -> core.Backbone:
-    return core.load_backbone("shapes-mmdit")
+@pytest.fixture(scope="module", params=TAPS)
+def backbone(request) -> core.Backbone:
+    return core.load_backbone(request.param)
+
+
+def stitched(name: str, backbone: core.Backbone) -> core.StitchedValue:
+    assert backbone.record is not None
+    return core.StitchedValue.from_pretrained(
+        VALUES / "unguided" / f"{backbone.record.name}--{name}", backbone=backbone
+    )
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_it_keeps_the_skill_of_the_clean_reward(name, backbone):
     """Of 200 held-out captions or pairs: what is kept has a standard error of at most 2 %."""
-    value = core.StitchedValue.from_pretrained(VALUES / "unguided" / f"shapes-mmdit--{name}", backbone=backbone)
+    value = stitched(name, backbone)
     reward = value.reward(name)
     held_out = SkillData.draw(metric_of(reward), ShapesWorld(), 200, seed=11)
     skill = held_out.measure(backbone, reward, {"stitched": value}, sigmas=(0.25,), progress=False)
@@ -33,11 +41,8 @@ def test_it_keeps_the_skill_of_the_clean_reward(name, backbone):
 def test_both_rank_the_seeds_of_a_prompt_in_one_pass_of_the_head(backbone):
     """By the sum of both rewards, on 8 held-out prompts with 8 seeds: the mean of their rank correlations, which would
     be 0 ± 0.13 for a value that knows nothing of seeds."""
-    folders = [VALUES / "unguided" / f"shapes-mmdit--{name}" for name in KEPT]
-    value = core.StitchedValue.together(
-        [core.StitchedValue.from_pretrained(folder, backbone=backbone) for folder in folders]
-    )
-    assert value.prompted and value.head.taps == tuple(range(1, 8))
+    value = core.StitchedValue.together([stitched(name, backbone) for name in KEPT])
+    assert value.prompted and value.head.taps == TAPS[backbone.record.name]
     found = core.rank_seeds(
         backbone, {"stitched": core.Stitched(value)}, value.objective(), ShapesWorld().prompts("test", 8, 3), seeds=8,
         steps=10, guidance_scale=1.0, sigmas=(0.5,), progress=False,
