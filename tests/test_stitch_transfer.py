@@ -25,7 +25,7 @@ from stitchvm.core.stitching.batches import PROMPT, Batches
 from stitchvm.core.stitching.examples import Examples, GenerationSettings
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from stitchvm.core.stitching.recipes import recipe
-from stitchvm.core.stitching.transfer import Teacher, encode_all, transfer
+from stitchvm.core.stitching.transfer import Teacher, encode_all
 from toy_world import BACKBONE, redrawn
 
 PROMPTS = ["a cat", "a dog", "a box"]
@@ -181,6 +181,7 @@ def test_it_is_finetuned_from_there_and_goes_on_where_it_stopped(run, tmp_path):
         ("stranger", {}, "cannot be transferred: the autoencoders of one and stranger decode one latent to different"),
         ("reader", {"interface": (2, 1)}, "stitch takes interface from transfer_from"),
         ("reader", {"blocks": (1,), "probes": 8}, "stitch takes blocks, probes from transfer_from"),
+        ("reader", {"cuts": (9,)}, "9"),
         (
             "reader",
             {"start_from": "source"},
@@ -190,20 +191,17 @@ def test_it_is_finetuned_from_there_and_goes_on_where_it_stopped(run, tmp_path):
 )
 def test_what_cannot_be_taken_over_is_told_before_any_pass(tmp_path, backbone, settings, message):
     stitched(tmp_path / "source")
-    with CostMeter() as cost, pytest.raises(ConfigError, match=message):
+    with CostMeter() as cost, pytest.raises((ConfigError, SliceError), match=message):
         stitched(tmp_path / "taken", backbone, transfer_from=tmp_path / "source", **settings)
     assert not cost.passes["denoiser"] and not cost.passes["head"]
 
 
-def test_another_reward_and_a_cut_out_of_range_are_refused(tmp_path):
+def test_a_value_of_another_reward_is_refused(tmp_path):
     stitched(tmp_path / "source")
     backbone = load_backbone("reader")
     other = {"tiny-other": load_reward("tiny-other")}
     with pytest.raises(ConfigError, match="is a value model of tiny-clip, but tiny-other is asked for"):
         Teacher.of(tmp_path / "source", backbone, other, None)
-    teacher = Teacher.of(tmp_path / "source", backbone, {"tiny-clip": load_reward("tiny-clip")}, None)
-    with pytest.raises(SliceError, match="9"):
-        transfer(teacher, backbone, {}, None, None, cuts=(9,))  # type: ignore[arg-type]
 
 
 def test_the_command_says_what_the_value_has_chosen_already(run, tmp_path):

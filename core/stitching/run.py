@@ -95,7 +95,7 @@ def stitch(
     with CostMeter() as cost:
         value = teacher = None
         if transfer_from is not None:
-            teacher = Teacher.of(transfer_from, backbone, rewards, prompts)
+            teacher = Teacher.of(transfer_from, backbone, rewards, prompts, chosen.cuts, chosen.taps)
         elif start_from is not None:
             value = _begun(start_from, backbone, rewards, weights)
         else:
@@ -107,13 +107,14 @@ def stitch(
         if teacher is not None:
             value = transfer(
                 teacher, backbone, rewards, Batches.of(backbone, real, generated, recipe), read,
-                cuts=chosen.cuts, taps=chosen.taps, weights=weights, progress=progress,
+                weights=weights, progress=progress,
             )  # fmt: skip
+            teacher = None  # lets go of its backbone
         assert value is not None
         value.prompted = recipe.prompted > 0
         run = _run_identity(value, recipe, source, chosen)
         run |= {name: each.folder.name for name, each in (("real", real), ("samples", generated)) if each is not None}
-        if start_from is not None or teacher is not None:
+        if start_from is not None or transfer_from is not None:
             run |= {"start_from": weights_digest(value.branches)}
         checkpoint = work / f"finetune-{cache_key(run)}"
         losses = finetune(

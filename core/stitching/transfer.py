@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import attrs
 import torch
@@ -36,22 +36,35 @@ FITTED = 2048
 
 @attrs.frozen(eq=False)
 class Teacher:
-    """The finished ``value`` of another backbone; ``texts`` are the null prompt and what its backbone makes of the
-    prompts that examples were drawn for, where its head reads any, on the CPU."""
+    """The finished ``value`` of another backbone, and where the new one may be cut: after one of ``cuts``, with
+    ``taps``. ``texts`` are the null prompt and what its backbone makes of the prompts that examples were drawn for,
+    where its head reads any, on the CPU."""
 
     value: StitchedValue
     path: str
     texts: Condition | None
+    cuts: tuple[int, ...]
+    taps: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, folder: str | Path, backbone: Backbone, rewards: Mapping[str, Reward], prompts: Sequence[str] | None
-    ) -> Teacher:
-        """The value model in ``folder``, to be taken over for ``backbone``.
+        cls,
+        folder: str | Path,
+        backbone: Backbone,
+        rewards: Mapping[str, Reward],
+        prompts: Sequence[str] | None,
+        cuts: Sequence[int] | None = None,
+        taps: Sequence[int] = (),
+    ) -> Self:
+        """The value model in ``folder``, to be taken over for ``backbone``; ``cuts`` are by default after every block.
 
         Raises :class:`ConfigError` where it is of other rewards or ``backbone`` has other latents, ``ArtefactError``
-        where there is none or its backbone cannot be loaded.
+        where there is none or its backbone cannot be loaded, ``SliceError`` for a cut or tap out of range.
         """
+        cuts = tuple(range(1, backbone.depth + 1)) if cuts is None else tuple(cuts)
+        for cut in cuts:
+            backbone.check_cut(cut)
+        taps = checked_taps(backbone, taps, backbone.depth)
         value = StitchedValue.from_pretrained(folder, device=backbone.device)
         check_rewards(value, folder, rewards)
         source = value.head.part
@@ -59,10 +72,10 @@ class Teacher:
         if reason := misfit(source, backbone):
             raise ConfigError(f"the value model in {str(folder)!r} cannot be transferred: {reason}.")
         if not value.prompted or not prompts:
-            return cls(value, str(folder), None)
+            return cls(value, str(folder), None, cuts, taps)
         assert source.record is not None, "a saved value's head is loaded by the model's name"
         read = encode_all(load_backbone(source.record, device=backbone.device), prompts)
-        return cls(value, str(folder), concatenate([value.null.to("cpu"), read]))
+        return cls(value, str(folder), concatenate([value.null.to("cpu"), read]), cuts, taps)
 
     def targets(self, latents: Tensor, sigma: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """``[n, C]`` by reward, on its own grid: what the layers' linear maps give on latents ``[B, C, h, w]`` drawn
@@ -81,22 +94,15 @@ def transfer(
     batches: Batches,
     read: Condition | None,
     *,
-    cuts: Sequence[int] | None = None,
-    taps: Sequence[int] = (),
     weights: Sequence[float] | None = None,
     progress: bool = True,
 ) -> StitchedValue:
-    """The teacher's tails behind the features of ``backbone``, cut after that block of ``cuts`` (default: any) whose
-    features leave the least of the teacher's unexplained on the latents of stage 2's first ``batches``.
+    """The teacher's tails behind the features of ``backbone``, cut after that block of the teacher's ``cuts`` whose
+    features leave the least of its layers' unexplained on the latents of stage 2's first ``batches``.
 
-    ``read`` is the backbone's condition of all prompts, where its head is to read them. Raises ``SliceError`` for a cut
-    or tap out of range.
+    ``read`` is the backbone's condition of all prompts, where its head is to read them.
     """
-    cuts = tuple(range(1, backbone.depth + 1)) if cuts is None else tuple(cuts)
-    for cut in cuts:
-        backbone.check_cut(cut)
-    taps = checked_taps(backbone, taps, backbone.depth)
-    null = backbone.null_condition()
+    cuts, taps, null = teacher.cuts, teacher.taps, backbone.null_condition()
     texts = null.to("cpu") if read is None else concatenate([null.to("cpu"), read])
     sides = {name: branch.layer.side for name, branch in _branches(teacher.value).items()}
     statistics = {cut: {name: RegressionStatistics() for name in sides} for cut in cuts}
