@@ -82,10 +82,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     from safetensors.torch import save_file
 
     def save(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what a new file is given here; safetensors keeps others from reading its own
         try:
             save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)  # type: ignore[arg-type]
         except SafetensorError as error:  # it hides the operating system's own error in its text
             raise OSError(str(error)) from error
+        temporary.chmod(mode)
 
     write_atomically(path, save)
 

@@ -101,6 +101,14 @@ def test_tensors_and_metadata_come_back(tmp_path):
     assert read_metadata(tmp_path / "a.safetensors") == {"step": "3"}
 
 
+def test_tensors_may_be_read_by_whom_other_files_may(tmp_path):
+    """A value model in a shared folder: its weights like its config."""
+    write_text(tmp_path / "config.json", "{}")
+    write_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(3)})
+    config, weights = ((tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors"))
+    assert weights == config
+
+
 @pytest.mark.parametrize("keep", [0, 4, 20, -4])
 def test_truncated_tensors_are_one_clear_error(tmp_path, keep):
     target = tmp_path / "a.safetensors"
