@@ -110,7 +110,7 @@ def transfer(
     for step in track(range(steps), "transfer", steps, progress):
         batch = {name: tensor.to(backbone.device) for name, tensor in batches(step).items()}
         numbers = batch[PROMPT].long().cpu()
-        own = texts.index(numbers + 1 if read is not None else torch.zeros_like(numbers)).to(backbone.device)
+        own = texts.index(numbers + 1).to(backbone.device)
         targets = teacher.targets(batch["noisy"], batch["sigma"], numbers)
         noisy = backbone.noisy(batch["noisy"], batch["sigma"])
         for cut, grid in features_by_cut(backbone, noisy, own, cuts, taps):
