@@ -335,6 +335,14 @@ class Head(nn.Module):
         return (grid, state) if return_state else grid
 
 
+def checked_cuts(network: Sliced, cuts: Sequence[int] | None) -> tuple[int, ...]:
+    """``cuts``, by default after every block; :class:`SliceError` for one that the network has not."""
+    found = tuple(range(1, network.depth + 1)) if cuts is None else tuple(cuts)
+    for cut in found:
+        network.check_cut(cut)
+    return found
+
+
 def checked_taps(network: Sliced, taps: Sequence[int], cut: int) -> tuple[int, ...]:
     """``taps`` in order, without repeats; :class:`SliceError` unless each is a cut from 0 that comes before ``cut``."""
     found = tuple(sorted(set(taps)))

@@ -9,7 +9,7 @@ from analytic import GaussianBackbone, LinearReward
 from stitchvm import core
 from stitchvm.core.evaluation import Retrieval, embedding, noisy_readings, retrieval
 from stitchvm.core.metrics import Recall, recall_at_one
-from stitchvm.core.stitching.run import initial_value
+from stitchvm.core.stitching.beginnings import initial_value
 
 
 def value() -> core.StitchedValue:

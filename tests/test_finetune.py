@@ -17,6 +17,7 @@ from stitchvm.core.files import read_tensors, write_tensors
 from stitchvm.core.images import open_images
 from stitchvm.core.reward import RewardOutput
 from stitchvm.core.stitching.batches import GROUP, Batches, draw_sigma, join_sources
+from stitchvm.core.stitching.beginnings import initial_value
 from stitchvm.core.stitching.examples import (
     CleanBatch,
     Examples,
@@ -28,7 +29,6 @@ from stitchvm.core.stitching.examples import (
 from stitchvm.core.stitching.finetune import finetune
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from stitchvm.core.stitching.objectives import distillation_loss, predicted_score
-from stitchvm.core.stitching.run import initial_value
 
 ANALYTIC = FinetuneSettings(
     steps=700, batch_size=256, learning_rate=2e-3, layer_multiplier=5.0, warmup_steps=10, schedule="cosine",

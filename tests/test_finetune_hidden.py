@@ -13,6 +13,7 @@ from families import clip, mmdit
 from stitchvm import core
 from stitchvm.core.files import read_tensors, write_tensors
 from stitchvm.core.images import open_images
+from stitchvm.core.stitching.beginnings import initial_value
 from stitchvm.core.stitching.examples import (
     Examples,
     GenerationSettings,
@@ -25,7 +26,6 @@ from stitchvm.core.stitching.finetune import finetune
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from stitchvm.core.stitching.objectives import hidden_loss
 from stitchvm.core.stitching.optimisers import Optimisers
-from stitchvm.core.stitching.run import initial_value
 from test_training_processes import assert_close, start_two
 
 RECIPE = FinetuneSettings(

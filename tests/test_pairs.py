@@ -25,11 +25,13 @@ from stitchvm.core.planning.metered_networks import META, MeteredBackbone, Meter
 from stitchvm.core.planning.metering import metered
 from stitchvm.core.reward import Tail
 from stitchvm.core.stitching.batches import Batches
+from stitchvm.core.stitching.beginnings import initial_value
 from stitchvm.core.stitching.examples import Examples, GenerationSettings
 from stitchvm.core.stitching.finetune import finetune
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
-from stitchvm.core.stitching.run import StitchSettings, initial_value, training_examples
+from stitchvm.core.stitching.run import training_examples
 from stitchvm.core.stitching.searching import DEEPEST_BLOCK
+from stitchvm.core.stitching.stitch_settings import StitchSettings
 from stitchvm.core.value import Interface, StitchedValue
 
 RECIPE = FinetuneSettings(steps=4, batch_size=4, learning_rate=3e-5, warmup_steps=0, noise="uniform", generated=0.5)

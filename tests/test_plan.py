@@ -25,10 +25,10 @@ from stitchvm.core.planning.metered_networks import MeteredBackbone, MeteredRewa
 from stitchvm.core.planning.metering import metered
 from stitchvm.core.planning.run import Plan, PlanSettings, plan, plan_networks
 from stitchvm.core.sampling import Denoiser, sample, seeded_noise
+from stitchvm.core.stitching.beginnings import initial_value
 from stitchvm.core.stitching.examples import build_examples, from_images
 from stitchvm.core.stitching.finetune import finetune
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
-from stitchvm.core.stitching.run import initial_value
 from stitchvm.core.value import Interface
 
 # every backbone family and every reward family

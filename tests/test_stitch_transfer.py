@@ -25,7 +25,8 @@ from stitchvm.core.stitching.batches import PROMPT, Batches
 from stitchvm.core.stitching.examples import Examples, GenerationSettings
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from stitchvm.core.stitching.recipes import recipe
-from stitchvm.core.stitching.transfer import Teacher, encode_all
+from stitchvm.core.stitching.texts import encode_all
+from stitchvm.core.stitching.transfer import Teacher
 from toy_world import BACKBONE, redrawn
 
 PROMPTS = ["a cat", "a dog", "a box"]

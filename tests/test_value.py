@@ -15,7 +15,7 @@ from stitchvm import core
 from stitchvm.core import artefact
 from stitchvm.core.grids import resample
 from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.stitching.run import initial_value
+from stitchvm.core.stitching.beginnings import initial_value
 
 
 def twins() -> tuple[core.Backbone, core.Reward]:

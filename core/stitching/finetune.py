@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..checkpoints import under
-from ..conditions import Condition, concatenate
+from ..conditions import Condition
 from ..costs import count
 from ..errors import ArtefactError, ConfigError, NonFiniteError
 from ..files import read_metadata, read_tensors, write_tensors
@@ -35,6 +35,7 @@ from .finetune_settings import FinetuneSettings
 from .levels import LevelBalance, unweighted
 from .objectives import distillation_loss, hidden_loss, predicted_score, ranking_loss
 from .optimisers import Optimisers
+from .texts import Texts
 
 _HIDDEN, _BIN = "hidden.", "bin"
 """Columns of a batch: a reward's clean tokens after each block (``REWARD/hidden.NUMBER``); a noise level's bin."""
@@ -67,8 +68,7 @@ def finetune(
     batches = Batches.of(backbone, images, samples, settings)
     if settings.prompted and prompts is None:
         raise ConfigError("the recipe reads samples under the prompts they were drawn for; pass prompts.")
-    # the null prompt comes first; the number of a row without a prompt is -1
-    texts = value.null.to("cpu") if prompts is None else concatenate([value.null.to("cpu"), prompts])
+    texts = Texts.of(value.null, prompts)
     # Accelerate keeps the precision that a process began with, so this one is set aside for the recipe's own
     accelerator = join_group(
         value.device,
@@ -89,7 +89,7 @@ def finetune(
         with torch.no_grad(), precision.autocast():
             if balance is not None:
                 batch[_BIN] = balance.bins(batch["sigma"], batch[PROMPT] >= 0)
-            read = texts.index(batch.pop(PROMPT).long().cpu() + 1) if settings.prompted else None
+            read = texts.read(batch.pop(PROMPT), value.device) if settings.prompted else None
             features = value.features(batch.pop("noisy"), batch.pop("sigma"), read)
             batch |= _clean_states(value, batch.pop(IMAGES, None)) if settings.hidden_weight else {}
         with precision.autocast():

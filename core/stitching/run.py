@@ -12,7 +12,6 @@ import attrs
 from .. import plots
 from ..artefact import Provenance
 from ..backbone import Backbone
-from ..conditions import Condition
 from ..costs import CostMeter
 from ..errors import ConfigError
 from ..files import cache_key, make_folder
@@ -21,19 +20,19 @@ from ..joint import JointReward, checked_weights, load_rewards
 from ..loading import load_backbone
 from ..lora import with_lora
 from ..provenance import network_identity, weights_digest
-from ..records import name_of
 from ..reward import Reward
 from ..sampling import chosen_guidance, guided
-from ..slicing import LATENT, Head, taps_before
-from ..value import Branch, Interface, StitchedValue
+from ..slicing import LATENT
+from ..value import StitchedValue
 from .batches import Batches
+from .beginnings import begun, closed_form, known_search, run_search
 from .examples import Examples, GenerationSettings, build_examples, from_images, from_samples
 from .finetune import finetune
 from .finetune_settings import FinetuneSettings
 from .search_result import JointSearch, SearchResult
-from .searching import search_jointly
 from .stitch_settings import StitchSettings, settings_of
-from .transfer import Teacher, check_rewards, encode_all, transfer
+from .texts import encode_all
+from .transfer import Teacher, transfer
 
 VAE_STITCHING: dict[str, Any] = {"cuts": (LATENT,), "blocks": (1,)}
 """The settings of :func:`stitch` that make the baseline: the latent itself, before the reward's first block."""
@@ -97,12 +96,12 @@ def stitch(
         if transfer_from is not None:
             teacher = Teacher.of(transfer_from, backbone, rewards, prompts, chosen.cuts, chosen.taps)
         elif start_from is not None:
-            value = _begun(start_from, backbone, rewards, weights)
+            value = begun(start_from, backbone, rewards, weights)
         else:
-            found = _known(searched, rewards) or run_search(backbone, rewards, source, chosen, progress)
-            value = _closed_form(backbone, rewards, found, weights, chosen)
+            found = known_search(searched, rewards) or run_search(backbone, rewards, source, chosen, progress)
+            value = closed_form(backbone, rewards, found, weights, chosen)
         # before hours of sampling, should any be missing
-        read = _encoded(backbone, prompts) if recipe.prompted > 0 else None
+        read = encode_all(backbone, prompts) if recipe.prompted > 0 else None
         real, generated = training_examples(backbone, rewards, source, prompts, recipe, chosen, work, progress, tuned)
         if teacher is not None:
             value = transfer(
@@ -160,34 +159,6 @@ def _digests(tuned: Sequence[Backbone]) -> dict[str, Any]:
     return {"tuned": [weights_digest(each.net) for each in tuned]} if tuned else {}
 
 
-def _closed_form(
-    backbone: Backbone,
-    rewards: Mapping[str, Reward],
-    found: JointSearch,
-    weights: Sequence[float] | None,
-    settings: StitchSettings,
-) -> StitchedValue:
-    """The best value model without training, or the one at a given interface, the search in its provenance."""
-    cuts = _fixed(settings.interface, rewards) or found.best
-    value = joined(backbone, rewards, found.results, cuts, weights, positions=settings.positions)
-    value.provenance = Provenance(search=found.report())
-    return value
-
-
-def _begun(
-    start_from: str | Path, backbone: Backbone, rewards: Mapping[str, Reward], weights: Sequence[float] | None
-) -> StitchedValue:
-    """A saved value model to be trained further, what made it in its provenance; :class:`ConfigError` when it is of
-    other rewards."""
-    begun = StitchedValue.from_pretrained(start_from, backbone=backbone, device=backbone.device)
-    check_rewards(begun, start_from, rewards)
-    branches: dict[str, Any] = dict(zip(begun.names, begun.branches.requires_grad_(True), strict=True))
-    made = Provenance(search={"start_from": {"path": str(start_from), **attrs.asdict(begun.provenance)}})
-    return StitchedValue(
-        begun.head, branches, backbone.null_condition(), begun.weights if weights is None else weights, rewards, made
-    )
-
-
 def _run_identity(
     value: StitchedValue, recipe: FinetuneSettings, source: ImageSource, settings: StitchSettings
 ) -> dict[str, Any]:
@@ -212,81 +183,6 @@ def _conditioned(recipe: FinetuneSettings, conditioning: str | None) -> Finetune
             "conditioning is 'prompt', but the recipe takes no samples, which alone have one; set generated above 0."
         )
     return attrs.evolve(recipe, prompted=float(conditioning == "prompt"))
-
-
-def _fixed(interface: tuple[int, ...] | None, rewards: Mapping[str, Reward]) -> dict[str, Interface] | None:
-    """A given interface by reward: ``(i, j, ...)``, one block a reward in their order."""
-    if interface is None:
-        return None
-    if len(interface) != 1 + len(rewards):
-        raise ConfigError(
-            f"interface is {tuple(interface)}; give a backbone cut and one block for each of {', '.join(rewards)}."
-        )
-    return {name: Interface(interface[0], j) for name, j in zip(rewards, interface[1:], strict=True)}
-
-
-def _known(searched: SearchResult | JointSearch | None, rewards: Mapping[str, Reward]) -> JointSearch | None:
-    """An earlier search; :class:`ConfigError` when it was for other rewards."""
-    if searched is None:
-        return None
-    joint = JointSearch({searched.reward: searched}) if isinstance(searched, SearchResult) else searched
-    if set(joint.results) != set(rewards):
-        raise ConfigError(f"the search was for {', '.join(joint.results)}, but the value is for {', '.join(rewards)}.")
-    return JointSearch({name: joint.results[name] for name in rewards})
-
-
-def run_search(
-    backbone: Backbone,
-    rewards: Mapping[str, Reward],
-    source: ImageSource,
-    settings: StitchSettings,
-    progress: bool = True,
-) -> JointSearch:
-    """Stage 1 under these settings; a fixed ``interface`` is only fitted, not compared."""
-    cuts: Sequence[int] | None = settings.cuts
-    blocks: Any = settings.blocks
-    if (fixed := _fixed(settings.interface, rewards)) is not None:
-        cuts, blocks = settings.interface[:1], {name: (cut.j,) for name, cut in fixed.items()}  # type: ignore[index]
-    return search_jointly(
-        backbone, rewards, images=source, cuts=cuts, blocks=blocks, taps=settings.taps, probes=settings.probes,
-        criterion=settings.criterion, positions=settings.positions, resolution=settings.resolution,
-        batch=settings.batch, seed=settings.seed, progress=progress,
-    )  # fmt: skip
-
-
-def joined(
-    backbone: Backbone,
-    rewards: Mapping[str, Reward],
-    results: Mapping[str, SearchResult],
-    cuts: Mapping[str, Interface],
-    weights: Sequence[float] | None = None,
-    *,
-    positions: bool = False,
-) -> StitchedValue:
-    """The closed-form value model before stage 2: one head, one branch a reward, cut at ``cuts`` (of one ``i``)."""
-    branches: dict[str, Branch] = {}
-    for name, reward in rewards.items():
-        branches[name] = results[name].branch(reward, cuts[name], positions=positions)
-        for parameter in branches[name].parameters():
-            parameter.requires_grad_(True)
-    (i,) = {cut.i for cut in cuts.values()}
-    (taps,) = {taps_before(found.taps, i) for found in results.values()}
-    return StitchedValue(Head(backbone, i, taps), branches, backbone.null_condition(), weights, rewards)
-
-
-def _encoded(backbone: Backbone, prompts: Sequence[str] | None) -> Condition:
-    """The backbone's condition of every prompt, in the order of the examples' numbers, on the CPU."""
-    if not prompts:
-        raise ConfigError("the recipe reads samples under the prompts they are drawn for; pass prompts.")
-    return encode_all(backbone, prompts)
-
-
-def initial_value(
-    backbone: Backbone, reward: Reward, result: SearchResult, interface: Interface, *, positions: bool = False
-) -> StitchedValue:
-    """The closed-form value model of one reward at one interface, before stage 2."""
-    name = name_of(reward)
-    return joined(backbone, {name: reward}, {name: result}, {name: interface}, positions=positions)
 
 
 def _one_or_all(entries: Sequence[Any]) -> Any:

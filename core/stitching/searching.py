@@ -24,7 +24,7 @@ from ..records import name_of
 from ..reward import Reward
 from ..sampling import seeded_noise
 from ..seeds import stream_seed
-from ..slicing import LATENT, checked_taps
+from ..slicing import LATENT, checked_cuts, checked_taps
 from .criteria import closed_form_losses, functional_losses
 from .regression import RegressionStatistics
 from .search_result import CRITERIA, Criterion, JointSearch, Probe, SearchResult
@@ -96,10 +96,7 @@ def search_jointly(
         raise ConfigError(f"unknown search criterion {criterion!r}; choose one of {', '.join(CRITERIA)}.")
     backbone = load_backbone(backbone)
     loaded = load_rewards(rewards, backbone.device)
-    cuts = tuple(range(1, backbone.depth + 1)) if cuts is None else tuple(cuts)
-    for cut in cuts:
-        backbone.check_cut(cut)
-    taps = checked_taps(backbone, taps, backbone.depth)
+    cuts, taps = checked_cuts(backbone, cuts), checked_taps(backbone, taps, backbone.depth)
     entered = {name: _blocks(reward, name, blocks) for name, reward in loaded.items()}
     source = open_images(images, probes)
     stream = ProbeStream(backbone, loaded, source, cuts, probes, resolution, batch, seed, progress, taps)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..artefact import Provenance
 from ..backbone import Backbone
-from ..conditions import Condition, concatenate
+from ..conditions import Condition
 from ..errors import ConfigError
 from ..grids import resample
 from ..latent_space import misfit
@@ -24,11 +24,13 @@ from ..layer import StitchingLayer
 from ..loading import load_backbone
 from ..progress import track
 from ..reward import Reward
-from ..slicing import Head, checked_taps, taps_before
+from ..slicing import Head, checked_cuts, checked_taps, taps_before
 from ..value import Branch, StitchedValue
 from .batches import PROMPT, Batches
+from .beginnings import check_rewards
 from .regression import AffineMap, RegressionStatistics
 from .searching import features_by_cut, rows_of
+from .texts import Texts, encode_all
 
 FITTED = 2048
 """Noisy latents that the layers are fitted on."""
@@ -37,12 +39,12 @@ FITTED = 2048
 @attrs.frozen(eq=False)
 class Teacher:
     """The finished ``value`` of another backbone, and where the new one may be cut: after one of ``cuts``, with
-    ``taps``. ``texts`` are the null prompt and what its backbone makes of the prompts that examples were drawn for,
-    where its head reads any, on the CPU."""
+    ``taps``. ``texts`` are what its own backbone makes of the prompts that examples were drawn for, where its head
+    reads any."""
 
     value: StitchedValue
     path: str
-    texts: Condition | None
+    texts: Texts | None
     cuts: tuple[int, ...]
     taps: tuple[int, ...]
 
@@ -61,10 +63,7 @@ class Teacher:
         Raises :class:`ConfigError` where it is of other rewards or ``backbone`` has other latents, ``ArtefactError``
         where there is none or its backbone cannot be loaded, ``SliceError`` for a cut or tap out of range.
         """
-        cuts = tuple(range(1, backbone.depth + 1)) if cuts is None else tuple(cuts)
-        for cut in cuts:
-            backbone.check_cut(cut)
-        taps = checked_taps(backbone, taps, backbone.depth)
+        cuts, taps = checked_cuts(backbone, cuts), checked_taps(backbone, taps, backbone.depth)
         value = StitchedValue.from_pretrained(folder, device=backbone.device)
         check_rewards(value, folder, rewards)
         source = value.head.part
@@ -75,12 +74,12 @@ class Teacher:
             return cls(value, str(folder), None, cuts, taps)
         assert source.record is not None, "a saved value's head is loaded by the model's name"
         read = encode_all(load_backbone(source.record, device=backbone.device), prompts)
-        return cls(value, str(folder), concatenate([value.null.to("cpu"), read]), cuts, taps)
+        return cls(value, str(folder), Texts.of(value.null, read), cuts, taps)
 
     def targets(self, latents: Tensor, sigma: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """``[n, C]`` by reward, on its own grid: what the layers' linear maps give on latents ``[B, C, h, w]`` drawn
         for the prompts of these ``numbers [B]`` (-1: the null prompt)."""
-        read = None if self.texts is None else self.texts.index(numbers + 1).to(latents.device)
+        read = None if self.texts is None else self.texts.read(numbers, latents.device)
         grid = self.value.features(latents, sigma, read)
         return {name: rows_of(resample(branch.layer.linear(grid), branch.layer.side))
                 for name, branch in _branches(self.value).items()}  # fmt: skip
@@ -103,15 +102,14 @@ def transfer(
     ``read`` is the backbone's condition of all prompts, where its head is to read them.
     """
     cuts, taps, null = teacher.cuts, teacher.taps, backbone.null_condition()
-    texts = null.to("cpu") if read is None else concatenate([null.to("cpu"), read])
+    texts = Texts.of(null, read)
     sides = {name: branch.layer.side for name, branch in _branches(teacher.value).items()}
     statistics = {cut: {name: RegressionStatistics() for name in sides} for cut in cuts}
     steps = -(-FITTED // batches.settings.batch_size)
     for step in track(range(steps), "transfer", steps, progress):
         batch = {name: tensor.to(backbone.device) for name, tensor in batches(step).items()}
-        numbers = batch[PROMPT].long().cpu()
-        own = texts.index(numbers + 1).to(backbone.device)
-        targets = teacher.targets(batch["noisy"], batch["sigma"], numbers)
+        own = texts.read(batch[PROMPT], backbone.device)
+        targets = teacher.targets(batch["noisy"], batch["sigma"], batch[PROMPT])
         noisy = backbone.noisy(batch["noisy"], batch["sigma"])
         for cut, grid in features_by_cut(backbone, noisy, own, cuts, taps):
             for name, target in targets.items():
@@ -139,20 +137,6 @@ def _taken_over(value: StitchedValue, maps: Mapping[str, AffineMap]) -> dict[str
         layer.load_map(maps[name].weight, maps[name].bias)
         found[name] = Branch(layer.to(value.device), branch.tail).requires_grad_(True)
     return found
-
-
-def check_rewards(value: StitchedValue, folder: str | Path, rewards: Mapping[str, Reward]) -> None:
-    """:class:`ConfigError` for a saved value model of other ``rewards``."""
-    if value.names != tuple(rewards):
-        raise ConfigError(
-            f"{str(folder)!r} is a value model of {', '.join(value.names)}, but {', '.join(rewards)} is asked for."
-        )
-
-
-def encode_all(backbone: Backbone, prompts: Sequence[str]) -> Condition:
-    """The backbone's condition of every prompt, in the order of the examples' numbers, on the CPU."""
-    parts = [list(prompts[start : start + 32]) for start in range(0, len(prompts), 32)]
-    return concatenate([backbone.encode_prompts(part).to("cpu") for part in parts])
 
 
 def _branches(value: StitchedValue) -> dict[str, Any]:
