@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from stitchvm import core
 from stitchvm.core import AlignProblem, Backbone, Condition, Denoiser, Estimator, Head, Prompted, Reward, Tail
+from stitchvm.core.branch import Branch, Interface
 from stitchvm.core.layer import StitchingLayer
 from stitchvm.core.reuse import BegunPasses
-from stitchvm.core.value import Branch, Interface, StitchedValue
+from stitchvm.core.value import StitchedValue
 
 BACKBONE, REWARD = "sd3.5-medium", "clip-vit-l-14-336"
 INTERFACE, SMALL_INTERFACE = Interface(4, 1), Interface(2, 1)

@@ -16,6 +16,7 @@ import attrs
 import torch
 
 from .backbone import Backbone
+from .branch import Branch
 from .conditions import Condition
 from .devices import default_device
 from .errors import ArtefactError, ConfigError, SliceError, StitchError
@@ -180,9 +181,7 @@ def load(
     return value.to(device).eval().requires_grad_(False)
 
 
-def _branch(reward: Reward, entry: dict[str, Any]) -> Any:
-    from .value import Branch
-
+def _branch(reward: Reward, entry: dict[str, Any]) -> Branch:
     prefix = torch.zeros(reward.prefix_count, entry["width"], device=reward.device)
     layer = StitchingLayer(entry["channels"], entry["width"], reward.grid_size).to(reward.device)
     return Branch(layer, Tail(reward, entry["j"], prefix, positions=entry["positions"]))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import attrs
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
@@ -15,40 +14,18 @@ from torch import Tensor, nn
 from . import artefact, reuse
 from .artefact import Provenance
 from .backbone import Backbone, NoisyLatent
+from .branch import Branch, Interface
 from .conditions import Condition
 from .costs import count
 from .errors import ArtefactError, ConfigError, SliceError
 from .files import read_json
 from .joint import Given, JointReward, checked_weights, shares
-from .layer import StitchingLayer
 from .lora import adapters_of
 from .provenance import weights_digest
 from .reuse import BegunPass
-from .reward import ConditionKind, Reward, RewardOutput, Tail
+from .reward import ConditionKind, Reward, RewardOutput
 from .slicing import Head
 from .sources import hub_errors
-
-
-@attrs.frozen
-class Interface:
-    """Where two networks are cut: after backbone block ``i`` (``LATENT`` for VAE stitching), before reward block
-    ``j``."""
-
-    i: int
-    j: int
-
-
-class Branch(nn.Module):
-    """One reward's half of a value model: ``[B, C, h, w]`` backbone features to the reward's output."""
-
-    def __init__(self, layer: StitchingLayer, tail: Tail) -> None:
-        super().__init__()
-        self.layer = layer
-        self.tail = tail
-
-    def forward(self, grid: Tensor, *, return_hidden: bool = False) -> Any:
-        """What :class:`Tail` returns."""
-        return self.tail(self.layer(grid), return_hidden=return_hidden)
 
 
 class StitchedValue(nn.Module, ModelHubMixin, library_name="stitchvm", tags=["stitchvm"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from stitchvm.core import Head, StitchedValue, Tail, name_of
+from stitchvm.core.branch import Branch
 from stitchvm.core.layer import StitchingLayer
 from stitchvm.core.testing.gaussian import (
     CONTRAST,
@@ -14,7 +15,6 @@ from stitchvm.core.testing.gaussian import (
     MomentReward,
     QuadraticReward,
 )
-from stitchvm.core.value import Branch
 
 __all__ = [
     "CONTRAST",

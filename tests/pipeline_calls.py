@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from analytic import LinearReward
 from pipelines import KINDS, open_pipeline, write_pipeline
 from stitchvm.core import LATENT, Backbone, Head, ResamplingCallback, StitchedValue, Tail, backbone_from, name_of
+from stitchvm.core.branch import Branch
 from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.value import Branch
 
 EACH = pytest.mark.parametrize("kind", KINDS)
 WEIGHTS = (1.0, -2.0, 0.5)

@@ -14,11 +14,11 @@ from torch import Tensor
 from analytic import GaussianBackbone, LinearReward, QuadraticReward, exact_stitched
 from stitchvm import core
 from stitchvm.core import Condition, ConfigError, CostMeter, JointReward, StitchedValue, artefact, evaluation
+from stitchvm.core.branch import Interface
 from stitchvm.core.joint import load_judge
 from stitchvm.core.stitching.beginnings import joined
 from stitchvm.core.stitching.examples import Examples
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
-from stitchvm.core.value import Interface
 
 DFN, HPS, AESTHETIC, DINO = "dfn-clip-vit-h-14-378", "hpsv2", "aesthetic", "dinov2-vit-l-14"
 PROMPTS = ["a red circle", "a blue star", "nothing"]

@@ -17,6 +17,7 @@ from torch import Tensor
 import reward_families
 from stitchvm import core
 from stitchvm.core import Backbone, Reward, artefact
+from stitchvm.core.branch import Interface
 from stitchvm.core.grids import resample
 from stitchvm.core.images import open_images
 from stitchvm.core.layer import StitchingLayer
@@ -32,7 +33,7 @@ from stitchvm.core.stitching.finetune_settings import FinetuneSettings
 from stitchvm.core.stitching.run import training_examples
 from stitchvm.core.stitching.searching import DEEPEST_BLOCK
 from stitchvm.core.stitching.stitch_settings import StitchSettings
-from stitchvm.core.value import Interface, StitchedValue
+from stitchvm.core.value import StitchedValue
 
 RECIPE = FinetuneSettings(steps=4, batch_size=4, learning_rate=3e-5, warmup_steps=0, noise="uniform", generated=0.5)
 

@@ -20,6 +20,7 @@ import reward_families
 from families import clip_architecture, write_clip
 from pipelines import KINDS, pipeline_record, write_pipeline
 from stitchvm import core
+from stitchvm.core.branch import Interface
 from stitchvm.core.images import open_images
 from stitchvm.core.planning.metered_networks import MeteredBackbone, MeteredReward
 from stitchvm.core.planning.metering import metered
@@ -29,7 +30,6 @@ from stitchvm.core.stitching.beginnings import initial_value
 from stitchvm.core.stitching.examples import build_examples, from_images
 from stitchvm.core.stitching.finetune import finetune
 from stitchvm.core.stitching.finetune_settings import FinetuneSettings
-from stitchvm.core.value import Interface
 
 # every backbone family and every reward family
 PAIRS = [

@@ -28,9 +28,9 @@ from stitchvm.core import (
     load_aligner,
 )
 from stitchvm.core.alignment.particles import initial_noise, step_generators
+from stitchvm.core.branch import Branch
 from stitchvm.core.layer import StitchingLayer
 from stitchvm.core.reuse import BegunPasses, PassKeeper, joined
-from stitchvm.core.value import Branch
 
 BUILT: dict[str, Any] = {
     "mmdit": (families.mmdit, families.mmdit_input),

@@ -18,8 +18,8 @@ from stitchvm import core
 from stitchvm.core import LATENT, ConfigError, Head, StitchedValue, Tail, backbone_from, name_of, steer
 from stitchvm.core.alignment.particles import initial_noise
 from stitchvm.core.alignment.result import AlignResult
+from stitchvm.core.branch import Branch
 from stitchvm.core.layer import StitchingLayer
-from stitchvm.core.value import Branch
 
 EACH = pytest.mark.parametrize("kind", KINDS)
 OUTPUTS = {

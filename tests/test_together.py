@@ -9,8 +9,8 @@ import torch
 
 from stitchvm import core
 from stitchvm.core import ConfigError, CostMeter, Stitched, StitchedValue, Sum, Tweedie, artefact
+from stitchvm.core.branch import Interface
 from stitchvm.core.stitching.beginnings import joined
-from stitchvm.core.value import Interface
 from test_joint import AESTHETIC, DFN, HPS, PROBES, PROMPTS, alone, made, sd3, twin
 
 

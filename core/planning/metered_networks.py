@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, NoisyLatent
+from ..branch import Branch, Interface
 from ..errors import SliceError
 from ..layer import StitchingLayer
 from ..loading import as_dtype
@@ -17,7 +18,6 @@ from ..reward import Reward, Tail
 from ..slicing import Head, Sliced, taps_before
 from ..stitching.finetune_settings import FinetuneSettings
 from ..stitching.objectives import distillation_loss
-from ..value import Branch, Interface
 from .metering import metered
 
 META = torch.device("meta")

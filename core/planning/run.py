@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 
 from ..backbone import Backbone
+from ..branch import Interface
 from ..errors import ConfigError
 from ..loading import as_dtype, build_geometry
 from ..records import BackboneRecord, RewardRecord
@@ -21,7 +22,6 @@ from ..registries import registry
 from ..reward import Reward
 from ..slicing import checked_taps
 from ..stitching.searching import DEEPEST_BLOCK, JUDGED_EVERY
-from ..value import Interface
 from .metered_networks import Cost, MeteredBackbone, MeteredReward, MeteredValue, layer_cost
 
 ADAM = 4

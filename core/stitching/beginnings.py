@@ -10,12 +10,13 @@ import attrs
 
 from ..artefact import Provenance
 from ..backbone import Backbone
+from ..branch import Branch, Interface
 from ..errors import ConfigError
 from ..images import ImageSource
 from ..records import name_of
 from ..reward import Reward
 from ..slicing import Head, taps_before
-from ..value import Branch, Interface, StitchedValue
+from ..value import StitchedValue
 from .search_result import JointSearch, SearchResult
 from .searching import search_jointly
 from .stitch_settings import StitchSettings

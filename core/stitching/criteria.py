@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch.nn import functional as F
 
+from ..branch import Interface
 from ..reward import Reward
-from ..value import Interface
 from .regression import AffineMap
 from .search_result import Criterion, Probe, SearchResult
 

@@ -20,6 +20,7 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ..backbone import Backbone
+from ..branch import Branch
 from ..checkpoints import under
 from ..conditions import Condition
 from ..costs import count
@@ -28,7 +29,7 @@ from ..files import read_metadata, read_tensors, write_tensors
 from ..processes import join_group
 from ..progress import track
 from ..reward import Reward
-from ..value import Branch, StitchedValue
+from ..value import StitchedValue
 from .batches import GROUP, Batches, share_of
 from .examples import IMAGES, PROMPT, Examples
 from .finetune_settings import FinetuneSettings

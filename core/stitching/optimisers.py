@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..branch import Branch
 from ..checkpoints import load_optimiser, optimiser_tensors
 from ..errors import ConfigError
-from ..value import Branch, StitchedValue
+from ..value import StitchedValue
 from .finetune_settings import FinetuneSettings
 
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import attrs
 from torch import Tensor
 
+from ..branch import Branch, Interface
 from ..files import write_json
 from ..layer import StitchingLayer
 from ..reward import Reward, Tail
-from ..value import Branch, Interface
 from .regression import AffineMap
 
 Criterion = Literal["mse", "unexplained", "functional"]

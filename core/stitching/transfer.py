@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..artefact import Provenance
 from ..backbone import Backbone
+from ..branch import Branch
 from ..conditions import Condition
 from ..errors import ConfigError
 from ..grids import resample
@@ -25,7 +26,7 @@ from ..loading import load_backbone
 from ..progress import track
 from ..reward import Reward
 from ..slicing import Head, checked_cuts, checked_taps, taps_before
-from ..value import Branch, StitchedValue
+from ..value import StitchedValue
 from .batches import PROMPT, Batches
 from .beginnings import check_rewards
 from .regression import AffineMap, RegressionStatistics
