@@ -53,11 +53,31 @@ def paired_gain(values: Iterable[float] | Tensor, base: Iterable[float] | Tensor
     What prompts have in common cancels, so the error is that of the difference and not of either mean.
     Raises :class:`DataError` when the two differ in number.
     """
+    return mean_stderr(value - other for value, other in _paired(values, base))
+
+
+def paired_share(values: Iterable[float] | Tensor, base: Iterable[float] | Tensor) -> MeanStderr | None:
+    """The mean of ``values`` as a share of that of ``base``, paired as :func:`paired_gain`'s; None where ``base`` has a
+    mean of 0.
+
+    The standard error is that of a ratio ``R`` of means to first order, ``sd(v - R b) / (|mean b| sqrt n)``: read it
+    where the mean of ``base`` is several of its own errors away from 0.
+    """
+    pairs = _paired(values, base)
+    top, bottom = (mean_stderr(side).mean for side in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+    if bottom == 0:
+        return None
+    share = top / bottom
+    rest = mean_stderr(value - share * other for value, other in pairs).stderr
+    return MeanStderr(share, None if rest is None else rest / abs(bottom))
+
+
+def _paired(values: Iterable[float] | Tensor, base: Iterable[float] | Tensor) -> list[tuple[float, float]]:
     pairs = [float(value) for value in values], [float(value) for value in base]
     if len(pairs[0]) != len(pairs[1]):
         counts = f"{len(pairs[0])} values with {len(pairs[1])}"
         raise DataError(f"cannot pair {counts}; run both on the same prompts and seeds.")
-    return mean_stderr(value - other for value, other in zip(*pairs, strict=True))
+    return list(zip(*pairs, strict=True))
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> MeanStderr:

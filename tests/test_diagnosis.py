@@ -125,6 +125,20 @@ def test_a_constant_value_has_no_slope_and_ranks_nothing(calibrated):
     assert figures["rank"] == [(0.0, 0.0)] * len(SIGMAS)
 
 
+def test_estimators_are_compared_prompt_by_prompt(calibrated):
+    """What ranks alike differs by exactly nothing; from what ranks nothing the difference is the rank itself."""
+    exact, alike = calibrated.figures("exact")["rank"], [(0.0, 0.0)] * len(SIGMAS)
+    beside = calibrated.beside("doubled", "exact")
+    assert beside["difference"] == alike and beside["share"] == [(1.0, 0.0)] * len(SIGMAS)
+    beside = calibrated.beside("flat", "exact")
+    assert beside["difference"] == [(-rank, pytest.approx(error)) for rank, error in exact] and beside["share"] == alike
+    assert calibrated.beside("exact", "flat")["share"] == [(None, None)] * len(SIGMAS)
+    told = calibrated.report()["estimators"]["flat"]["beside"]
+    assert set(told) == set(calibrated.ranking.values) - {"flat"}
+    assert told["exact"]["difference"] == [gain for gain, _ in beside["difference"]]
+    assert told["exact"]["difference_stderr"] == [error for _, error in beside["difference"]]
+
+
 def test_another_kernel_has_its_own_slope():
     """A linear reward under :class:`Sde`: the slope of ``z0`` in ``z_t`` over the steps left, probed on two latents,
     over the posterior mean's. It is far from 1, 1.46 at sigma 0.5."""

@@ -182,9 +182,11 @@ def test_the_command_measures_values_beside_the_others(run, tmp_path):
     assert part["estimators"]["mc-2"]["cost"]["gradient"]["denoiser"] == 2
     with Image.open(tmp_path / "out" / "diagnosis-sde.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
+    assert set(part["estimators"]["stitched"]["beside"]) == {"tweedie", "mc-2"}
     code, out, err = run(*call)
     assert code == 0, err
-    for words in ("sde samples of 2 prompts", "rank in a prompt", "gradient cosine", "milliseconds", "diagnosis.json"):
+    for words in ("sde samples of 2 prompts", "rank in a prompt", "share of tweedie's", "gradient cosine",
+                  "milliseconds", "diagnosis.json"):  # fmt: skip
         assert words in out
 
 

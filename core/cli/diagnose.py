@@ -189,6 +189,7 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
             if rows:
                 print_table((label, *columns), rows)
                 typer.echo()
+        _print_shares(part["estimators"], columns)
         for judge, found in part["judges"].items():
             _print_judgement(judge, found, columns)
         rows = [(name, *_times(found["cost"])) for name, found in part["estimators"].items()]
@@ -197,6 +198,15 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
     typer.echo(
         f"Written to {out}: diagnosis.json" + "".join(f", diagnosis-{kernel}.png" for kernel in report["kernels"])
     )
+
+
+def _print_shares(estimators: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """The ranks as shares of Tweedie's, where that was measured (and not by an earlier version, which had none)."""
+    rows = [(name, *map(_shown, found["beside"]["tweedie"]["share"], found["beside"]["tweedie"]["share_stderr"]))
+            for name, found in estimators.items() if "tweedie" in found.get("beside", {})]  # fmt: skip
+    if rows:
+        print_table(("rank, as a share of tweedie's", *columns), rows)
+        typer.echo()
 
 
 def _print_judgement(judge: str, found: Mapping[str, Any], columns: Sequence[str]) -> None:

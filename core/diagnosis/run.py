@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..alignment.given import check_latents, checked_prompts, estimator_identity, latent_size, prompts_digest
 from ..backbone import Backbone
-from ..comparison import mean_stderr
+from ..comparison import mean_stderr, paired_gain, paired_share
 from ..datasets import Judge
 from ..errors import ConfigError, NonFiniteError
 from ..estimators import Estimator
@@ -86,6 +86,18 @@ class Diagnosis:
             found["cosine"] = [(level.mean, level.stderr) for level in cosines]
         return found
 
+    def beside(self, name: str, other: str) -> dict[str, list[Figure]]:
+        """How an estimator ranks beside another on the same trajectories, a :data:`Figure` a noise level: the
+        ``difference`` of their ranks, and its rank as a ``share`` of the other's; paired by prompt, whose errors in
+        common cancel."""
+        levels = list(zip(*(self.ranking.correlations(each) for each in (name, other)), strict=True))
+        gains = [paired_gain(*level) for level in levels]
+        shares = [paired_share(*level) for level in levels]
+        return {
+            "difference": [(gain.mean, gain.stderr) for gain in gains],
+            "share": [(None, None) if share is None else (share.mean, share.stderr) for share in shares],
+        }
+
     def judgement(self, judge: str) -> dict[str, Any]:
         """How well values foresee what ``judge`` will say, JSON-able: ``mean`` of what it says, ``rank`` of the final
         reward, ``ranks`` of every estimator by level (each ``mean`` and ``stderr`` over prompts), and the
@@ -101,16 +113,17 @@ class Diagnosis:
         return {**found, "rank": mean_stderr(self.ranking.reward_correlations(judge)).report(), "ranks": ranks}
 
     def report(self) -> dict[str, Any]:
-        """JSON-able: ``sigma[]`` and, for every estimator, its figures and ``NAME_stderr``, a list by level each, and
-        its ``cost`` of one latent; ``judges``: each one's :meth:`judgement`; ``reference`` is what gradients are
-        compared with."""
+        """JSON-able: ``sigma[]`` and, for every estimator, its figures and ``NAME_stderr``, a list by level each, its
+        ``cost`` of one latent and the figures ``beside`` every other estimator (:meth:`beside`); ``judges``: each one's
+        :meth:`judgement`; ``reference`` is what gradients are compared with."""
         ranking, gradients = self.ranking, self.gradients
         each = ranking.rewards.numel() * len(set(ranking.sigmas))
         table: dict[str, Any] = {}
         for name in ranking.values:
-            table[name] = {}
-            for figure, levels in self.figures(name).items():
-                table[name][figure], table[name][f"{figure}_stderr"] = map(list, zip(*levels, strict=True))
+            table[name] = _columns(self.figures(name))
+            table[name]["beside"] = {
+                other: _columns(self.beside(name, other)) for other in ranking.values if other != name
+            }
             table[name]["cost"] = {"forward": per_latent(ranking.costs[name], each)}
             if gradients is not None:
                 table[name]["cost"]["gradient"] = per_latent(gradients.costs[name], gradients.latents)
@@ -122,6 +135,14 @@ class Diagnosis:
             "reference": None if gradients is None else gradients.reference(), "generation": ranking.generation,
             "settings": self.settings, "seed": self.settings["seed"], "versions": self.versions,
         }  # fmt: skip
+
+
+def _columns(figures: Mapping[str, Sequence[Figure]]) -> dict[str, Any]:
+    """Each figure and ``NAME_stderr``, a list by level."""
+    found: dict[str, Any] = {}
+    for figure, levels in figures.items():
+        found[figure], found[f"{figure}_stderr"] = map(list, zip(*levels, strict=True))
+    return found
 
 
 def diagnose(
