@@ -1,4 +1,5 @@
-"""docs/plugins.md: its code is run, and what it says about hooks, capabilities and checks is what there is."""
+"""docs/plugins.md and docs/conformance.md: their code is run, and what they say about hooks, capabilities and checks is
+what there is."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from stitchvm.core.records import CAPABILITIES, CHECKED_KINDS
 from stitchvm.core.scaffold import plugin_files
 from stitchvm.core.testing import BackboneConformance, checks_for, examine
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+GUIDE = "".join((DOCS / name).read_text() for name in ("plugins.md", "conformance.md"))
 FILES = dict(re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", GUIDE, flags=re.DOTALL))
 """The code of every block that begins with a file's name."""
 
