@@ -40,6 +40,7 @@ def reward_bars(report: Mapping[str, Any], path: Path) -> None:
             for axes, name in zip(line, measured, strict=False):
                 _bars(axes, rows, [row["gains"][name] for row in rows])
                 axes.axvline(0, color=BLACK, linewidth=0.8)
+                axes.locator_params(axis="x", nbins=4)  # long decimals would run into each other
                 title = f"{backbone} steered by {reward}" if name == reward else f"meanwhile {name}"
                 decorate(axes, title, f"paired gain in {name} ± s.e.", size=9)
             _bars(line[-1], rows, [row["detector"] for row in rows])
