@@ -88,13 +88,12 @@ def begun(
 ) -> StitchedValue:
     """A saved value model to be trained further, what made it in its provenance; :class:`ConfigError` when it is of
     other rewards."""
-    begun = StitchedValue.from_pretrained(start_from, backbone=backbone, device=backbone.device)
-    check_rewards(begun, start_from, rewards)
-    branches: dict[str, Any] = dict(zip(begun.names, begun.branches.requires_grad_(True), strict=True))
-    made = Provenance(search={"start_from": {"path": str(start_from), **attrs.asdict(begun.provenance)}})
-    return StitchedValue(
-        begun.head, branches, backbone.null_condition(), begun.weights if weights is None else weights, rewards, made
-    )
+    earlier = StitchedValue.from_pretrained(start_from, backbone=backbone, device=backbone.device)
+    check_rewards(earlier, start_from, rewards)
+    branches: dict[str, Any] = dict(zip(earlier.names, earlier.branches.requires_grad_(True), strict=True))
+    made = Provenance(search={"start_from": {"path": str(start_from), **attrs.asdict(earlier.provenance)}})
+    weights = earlier.weights if weights is None else weights
+    return StitchedValue(earlier.head, branches, backbone.null_condition(), weights, rewards, made)
 
 
 def known_search(searched: SearchResult | JointSearch | None, rewards: Mapping[str, Reward]) -> JointSearch | None:
