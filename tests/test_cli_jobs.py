@@ -207,7 +207,7 @@ def test_a_value_model_is_finetuned_further(run, tmp_path, monkeypatch):
     first, again, still = tmp_path / "first", tmp_path / "again", ("--batch-size", 4, "--count", 8, "--json")
     both = ("stitch", "tiny-sd3", "tiny-clip,tiny-other", "--images", "noise")
     assert run(*both, "--out", first, *SHORT, "--taps", "0", "--weights", "1,0.5", "--count", 8)[0] == 0
-    monkeypatch.setattr("stitchvm.core.stitching.run.search_jointly", None)
+    monkeypatch.setattr("stitchvm.core.stitching.beginnings.search_jointly", None)
     code, _, err = run(*both, "--start-from", first, "--out", again, "--steps", 1, "--learning-rate", 1e-12, *still)
     assert code == 0, err
     begun, gone_on = (StitchedValue.from_pretrained(folder) for folder in (first, again))
